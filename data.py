@@ -1,0 +1,327 @@
+"""CIFAR-10 and scikit-learn's digits: whole in memory as uint8, augmented on the training device.
+
+There are no worker processes: a batch is one gather from a tensor that is already there. Which
+images a batch holds and how each is augmented is a pure function of (seed, epoch, step), so a
+run can stop and go on anywhere, on any number of processes.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from utils import InputError, first_line, generator, warn
+
+CIFAR10_CLASSES = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
+# Per channel, over all pixels of the 50,000 training images scaled to [0, 1]. The std that is
+# copied everywhere, (0.2023, 0.1994, 0.2010), is a mean of per-image stds.
+CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+DIGITS_MEAN, DIGITS_STD = (0.3053,) * 3, (0.3237,) * 3  # the same of our 1,438 training digits
+
+BINARY_FOLDER = "cifar-10-batches-bin"
+BINARY_SHA1 = {  # of the official files
+    "data_batch_1.bin": "aadd24acce27caa71bf4b10992e9e7b2d74c2540",
+    "data_batch_2.bin": "c0ba65cce70568cd57b4e03e9ac8d2a5367c1795",
+    "data_batch_3.bin": "1dd00a74ab1d17a6e7d73e185b69dbf31242f295",
+    "data_batch_4.bin": "aab85764eb3584312d3c7f65fd2fd016e36a258e",
+    "data_batch_5.bin": "26e2849e66a845b7f1e4614ae70f4889ae604628",
+    "test_batch.bin": "67eb016db431130d61cd03c7ad570b013799c88c",
+}
+IMAGES_PER_FILE = 10_000
+RECORD_BYTES = 1 + 3 * 32 * 32  # label, then the red, green and blue planes
+
+SPLIT_SEED = 0  # of the validation and digits splits: the same for every run, so runs compare
+
+
+@dataclass(frozen=True)
+class Split:
+    """Labelled images."""
+
+    images: Tensor  # (N, 3, 32, 32) uint8
+    labels: Tensor  # (N,) int64
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: object) -> "Split":
+        return Split(self.images[index], self.labels[index])
+
+    def to(self, device: torch.device) -> "Split":
+        """The same images on `device`."""
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set, whole, with what a checkpoint must know of it."""
+
+    name: str
+    class_names: tuple[str, ...]
+    mean: tuple[float, float, float]  # per channel, of images scaled to [0, 1]
+    std: tuple[float, float, float]
+    train: Split
+    val: Split  # empty for val_size=0
+    test: Split
+    fingerprint: str  # SHA-256 of all images and labels, before the validation split
+    unofficial: tuple[str, ...] = ()  # files that differ from the official release
+
+    def to(self, device: torch.device) -> "Dataset":
+        """The same data on `device`."""
+        train, val, test = (split.to(device) for split in (self.train, self.val, self.test))
+        return replace(self, train=train, val=val, test=test)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 images, (N, 3, 32, 32), to float32 with about zero mean and unit variance."""
+        mean, std = (images.new_tensor(v, dtype=torch.float32) for v in (self.mean, self.std))
+        return (images / 255 - mean[:, None, None]) / std[:, None, None]
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load_dataset(
+    name: str, data_dir: str | Path = "data", val_size: int = 0, download: bool = True
+) -> Dataset:
+    """`cifar10` (from `data_dir`, fetched if need be) or `digits` (shipped inside scikit-learn).
+
+    Args:
+        val_size: training images to set aside for validation, the same share of every class.
+        download: whether CIFAR-10 may be fetched.
+
+    Raises:
+        InputError: a file is missing, damaged or foreign, or `val_size` is out of range.
+    """
+    if name not in ("cifar10", "digits"):
+        raise InputError(f"dataset: {name!r} is not one of cifar10, digits")
+    if name == "digits":
+        dataset = load_digits()
+    elif Path(data_dir, BINARY_FOLDER).is_dir():
+        dataset = load_cifar10_binary(Path(data_dir, BINARY_FOLDER))
+    else:
+        dataset = load_cifar10_archive(Path(data_dir), download)
+    return split_validation(dataset, val_size)
+
+
+def load_cifar10_archive(data_dir: Path, download: bool) -> Dataset:
+    """CIFAR-10 from the official archive, by torchvision: its download, its extraction, its MD5."""
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import check_integrity
+
+    archive = data_dir / CIFAR10.filename
+    archive_is_here = check_integrity(archive, CIFAR10.tgz_md5)
+    try:
+        train = CIFAR10(data_dir, train=True, download=download or archive_is_here)
+        test = CIFAR10(data_dir, train=False)
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"data_dir: no CIFAR-10 in {data_dir} ({first_line(error)}); put {CIFAR10.filename}"
+            f" (MD5 {CIFAR10.tgz_md5}) there, or {BINARY_FOLDER}/; or run `python train.py demo`,"
+            " which needs no download"
+        ) from None
+    splits = [
+        Split(
+            torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(),
+            torch.tensor(part.targets),
+        )
+        for part in (train, test)
+    ]
+    return cifar10(*splits)
+
+
+def load_cifar10_binary(folder: Path) -> Dataset:
+    """CIFAR-10 in the official binary layout: six files of 10,000 records, label then pixels.
+
+    A file whose SHA-1 is not the official one is a one-line warning, and recorded.
+    """
+    files = {name: read_binary(folder / name) for name in BINARY_SHA1}
+    unofficial = tuple(
+        name
+        for name, records in files.items()
+        if hashlib.sha1(records, usedforsecurity=False).hexdigest() != BINARY_SHA1[name]
+    )
+    if unofficial:
+        warn(
+            f"{folder}: {len(unofficial)} of {len(files)} files differ from the official CIFAR-10"
+            " (SHA-1); recorded with the model"
+        )
+    *train, test = (torch.from_numpy(records) for records in files.values())
+    splits = [
+        Split(records[:, 1:].reshape(-1, 3, 32, 32).contiguous(), records[:, 0].long())
+        for records in (torch.cat(train), test)
+    ]
+    return cifar10(*splits, unofficial=unofficial)
+
+
+def read_binary(path: Path) -> np.ndarray:
+    """The records of one binary file, (10000, 3073) uint8."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"data_dir: cannot read {path} ({error.strerror}); unpack CIFAR-10's binary version"
+            " there again"
+        ) from None
+    expected = IMAGES_PER_FILE * RECORD_BYTES
+    if len(content) != expected:
+        raise InputError(
+            f"data_dir: {path} has {len(content):,} bytes instead of {expected:,}; it is truncated"
+            " or foreign: unpack CIFAR-10's binary version there again"
+        )
+    records = np.frombuffer(bytearray(content), np.uint8).reshape(-1, RECORD_BYTES)
+    worst = int(records[:, 0].argmax())
+    if records[worst, 0] > 9:
+        raise InputError(
+            f"data_dir: {path}, record {worst}: label {records[worst, 0]} is not 0 to 9; unpack"
+            " CIFAR-10's binary version there again"
+        )
+    return records
+
+
+def cifar10(train: Split, test: Split, unofficial: tuple[str, ...] = ()) -> Dataset:
+    """The Dataset of CIFAR-10's two splits."""
+    return Dataset(
+        name="cifar10",
+        class_names=CIFAR10_CLASSES,
+        mean=CIFAR10_MEAN,
+        std=CIFAR10_STD,
+        train=train,
+        val=train[:0],
+        test=test,
+        fingerprint=fingerprint(train, test),
+        unofficial=unofficial,
+    )
+
+
+def load_digits() -> Dataset:
+    """1,797 handwritten digits of 8x8 pixels, enlarged to 32x32x3, split 80/20 stratified."""
+    from sklearn import datasets
+
+    pixels, labels = datasets.load_digits(return_X_y=True)  # (1797, 64), 0 to 16
+    small = torch.tensor(pixels.reshape(-1, 1, 8, 8) / 16, dtype=torch.float32)
+    large = F.interpolate(small, size=(32, 32), mode="bilinear")
+    images = (large * 255).round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
+    train, test = stratified(Split(images, torch.tensor(labels)), round(len(labels) / 5))
+    return Dataset(
+        name="digits",
+        class_names=tuple("0123456789"),
+        mean=DIGITS_MEAN,
+        std=DIGITS_STD,
+        train=train,
+        val=train[:0],
+        test=test,
+        fingerprint=fingerprint(train, test),
+    )
+
+
+def split_validation(dataset: Dataset, val_size: int) -> Dataset:
+    """`dataset` with `val_size` of its training images moved to `val`, class by class."""
+    if val_size == 0:
+        return dataset
+    num_classes, num_images = len(dataset.class_names), len(dataset.train)
+    if not num_classes <= val_size <= num_images - num_classes:
+        raise InputError(
+            f"val_size: {val_size} of {num_images:,} training images; use 0, or {num_classes} to"
+            f" {num_images - num_classes:,}"
+        )
+    train, val = stratified(dataset.train, val_size)
+    return replace(dataset, train=train, val=val)
+
+
+def stratified(split: Split, size: int) -> tuple[Split, Split]:
+    """`split` without `size` of its images, and those, each with the same share of every class."""
+    from sklearn.model_selection import train_test_split
+
+    rest, held_out = train_test_split(
+        np.arange(len(split)), test_size=size, stratify=split.labels, random_state=SPLIT_SEED
+    )
+    return split[np.sort(rest)], split[np.sort(held_out)]
+
+
+def fingerprint(*splits: Split) -> str:
+    """SHA-256 of images and labels: the same for the archive and the binary layout."""
+    digest = hashlib.sha256()
+    for split in splits:
+        digest.update(split.images.numpy())
+        digest.update(split.labels.to(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- augmentation and batches
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random crop, rotation and horizontal flip, drawn per image."""
+
+    crop_padding: int  # zero pixels added on each side before cropping back to 32x32
+    rotation: float  # degrees, either way
+    flip: bool  # mirror half of the images
+
+    def draw(self, num_images: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Shifts (N, 2), angles (N,) and flips (N,) of a batch, as `augment` takes them."""
+        low, high = -self.crop_padding, self.crop_padding + 1
+        shift = torch.randint(low, high, (num_images, 2), generator=rng)
+        angle = (2 * torch.rand(num_images, generator=rng) - 1) * self.rotation
+        flip = torch.rand(num_images, generator=rng) < 0.5 * self.flip
+        return shift, angle, flip
+
+
+def augment(images: Tensor, shift: Tensor, angle: Tensor, flip: Tensor) -> Tensor:
+    """Crop, then rotate, then flip, each image its own way: one gather for the whole batch.
+
+    Equal to torchvision's crop after zero padding, rotate (nearest pixel, zero fill) and
+    horizontal_flip: every output pixel is traced back through the three to its source.
+
+    Args:
+        images: (N, C, S, S) uint8.
+        shift: (N, 2) whole pixels: the crop's first row and column, counted from the image's.
+        angle: (N,) degrees, counter-clockwise.
+        flip: (N,) bool.
+    """
+    n, channels, size, _ = images.shape
+    center = (size - 1) / 2
+    offset = torch.arange(size, device=images.device) - center  # pixels from the center
+    y = offset[None, :, None]  # (1, S, 1)
+    x = offset[None, None, :] * torch.where(flip, -1.0, 1.0)[:, None, None]  # (N, 1, S)
+    radians = angle.deg2rad()[:, None, None]
+    sin, cos = radians.sin(), radians.cos()
+    row = (y * cos + x * sin + center).round().long()  # (N, S, S), in the cropped image
+    column = (x * cos - y * sin + center).round().long()
+    inside = (row >= 0) & (row < size) & (column >= 0) & (column < size)
+    row, column = row + shift[:, 0, None, None], column + shift[:, 1, None, None]
+    inside &= (row >= 0) & (row < size) & (column >= 0) & (column < size)
+
+    source = (row * size + column) * inside  # pixel 0 stands in for those outside
+    source = source.view(n, 1, -1).expand(-1, channels, -1)
+    pixels = images.reshape(n, channels, -1).gather(2, source).view_as(images)
+    return pixels * inside[:, None]
+
+
+def train_batches(
+    data: Dataset,
+    augmentation: Augmentation,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Augmented, normalised images, labels and global size of an epoch's batches, on the device.
+
+    Process `rank` gets every `world_size`-th image of each global batch, augmented as it would be
+    in one process. The last batch holds what is left over.
+    """
+    device = data.train.labels.device
+    order = torch.randperm(len(data.train), generator=generator("order", seed, epoch))
+    for step, indices in enumerate(order.split(batch_size)):
+        draws = augmentation.draw(len(indices), generator("augmentation", seed, epoch, step))
+        draws = (draw[rank::world_size].to(device) for draw in draws)
+        share = data.train[indices[rank::world_size].to(device)]
+        yield data.normalize(augment(share.images, *draws)), share.labels, len(indices)

@@ -1,0 +1,469 @@
+"""Train a residual network of at most 5 million parameters, by default TPSNet on CIFAR-10.
+
+    python train.py                              # TPSNet: 300 epochs of the paper's recipe
+    python train.py model1 --epochs 30 --lr 0.1  # another preset, any constant overridden
+    python train.py demo                         # handwritten digits, no download, a minute
+    torchrun --nproc-per-node 4 train.py         # one process per GPU
+
+A run lives in checkpoints/NAME: config.json, log.csv, curves.png, last.pt (everything --resume
+needs) and model.safetensors (what test.py and load_model need).
+"""
+
+import copy
+import itertools
+import math
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import CosineAnnealingLR, CosineAnnealingWarmRestarts, LRScheduler
+from tqdm import tqdm
+
+import plots
+import utils
+from data import Augmentation, Dataset, load_dataset, train_batches
+from model import MAX_PARAMS, ResNet, check_budget, model_cost, save_model
+from utils import DivergenceError, InputError, Score, check_integer, check_number
+
+CHECKPOINTS = Path("checkpoints")
+LOG_INTERVAL = 20  # steps between looks at the running loss: each look waits for the device
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every constant of a run. The defaults are the paper's TPSNet and its recipe."""
+
+    # The network: the paper's six free choices
+    num_blocks: tuple[int, ...] = (13, 13, 13)
+    """Residual blocks in each of the 1 to 4 stages."""
+    c1: int = 16
+    """Channels after the stem (C1)."""
+    width: int = 2
+    """Channels of the first stage as a multiple of C1; every further stage doubles them."""
+    conv_kernel: int | tuple[int, ...] = 3
+    """Kernel size of the blocks' convolutions, odd; one for all stages or one per stage."""
+    skip_kernel: int | tuple[int, ...] = 1
+    """Kernel size of the projection shortcuts, odd; one for all stages or one per stage."""
+    pool_kernel: int = 8
+    """Window of the average pooling, in pixels of the last feature map (8x8 for 3 stages)."""
+    dropout: float = 0.0
+    """Probability of dropping an activation between the two convolutions of a block."""
+    max_params: int = MAX_PARAMS
+    """Refuse a network with more parameters than this."""
+
+    # The data
+    dataset: Literal["cifar10", "digits"] = "cifar10"
+    """CIFAR-10, or scikit-learn's handwritten digits, which need no download."""
+    data_dir: str = "data"
+    """Folder that holds CIFAR-10, or receives it."""
+    download: bool = True
+    """Fetch CIFAR-10 if it is not in data_dir."""
+    val_size: int = 0
+    """Training images set aside for validation; 0 trains on all of them."""
+    crop_padding: int = 4
+    """Pixels of zero padding on each side before a random 32x32 crop."""
+    rotation: float = 5.0
+    """Random rotation, in degrees either way."""
+    flip: bool = True
+    """Mirror half of the training images."""
+
+    # The recipe: SGD on the cross entropy
+    epochs: int = 300
+    """Passes over the training set."""
+    batch_size: int = 128
+    """Images per step, over all processes together."""
+    lr: float = 0.01
+    """Learning rate at the start of the schedule."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    weight_decay: float = 5e-4
+    """L2 penalty of SGD, on all parameters."""
+    schedule: Literal["cosine", "cosine_restarts"] = "cosine"
+    """Learning rate over the epochs: one cosine down to 0, or several with warm restarts."""
+    restart_period: int = 50
+    """Epochs from one warm restart to the next (cosine_restarts only)."""
+
+    # The run
+    name: str = "tpsnet"
+    """Folder of the run: checkpoints/NAME."""
+    seed: int = 0
+    """Decides the initial weights, the order of the images, the augmentation and the dropout."""
+    resume: bool = False
+    """Go on with the run in checkpoints/NAME from its last whole epoch."""
+    limit_steps: int = 0
+    """Stop every epoch after this many steps, to rehearse a run; 0 for no limit."""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """Weights & Biases; auto is online when logged in, else offline, and never asks."""
+
+    def architecture(self) -> dict[str, object]:
+        """The arguments of `ResNet`."""
+        return {
+            "num_blocks": self.num_blocks,
+            "c1": self.c1,
+            "width": self.width,
+            "conv_kernel": self.conv_kernel,
+            "skip_kernel": self.skip_kernel,
+            "pool_kernel": self.pool_kernel,
+            "dropout": self.dropout,
+            "num_classes": 10,  # of CIFAR-10 and of the digits
+        }
+
+
+PRESETS = {
+    "tpsnet": Config(),
+    "model1": Config(name="model1", num_blocks=(3, 3, 3), c1=34),
+    "model2": Config(name="model2", num_blocks=(7, 7, 7), c1=22),
+    "demo": Config(
+        name="demo",
+        num_blocks=(1, 1, 1),
+        c1=8,
+        dataset="digits",
+        crop_padding=0,  # a digit fills its image: a crop would cut strokes off
+        flip=False,  # a mirrored digit is another sign
+        epochs=15,
+        batch_size=64,
+        lr=0.1,
+    ),
+}
+
+
+def train(config: Config) -> Score:
+    """Train, save and test one network; returns its score on the test set.
+
+    Runs on CUDA, MPS or the CPU, and data-parallel under torchrun. The last weights are tested,
+    once, at the end: the test set chooses nothing.
+
+    Raises:
+        InputError: the configuration, the data or the run folder is wrong; nothing was written.
+        DivergenceError: the loss is no longer finite.
+    """
+    check_config(config)
+    device, rank, world_size = utils.init_processes()
+    is_main = rank == 0  # the process that prints and writes
+    folder = CHECKPOINTS / config.name
+    state = load_run(config, folder)
+    with utils.first_on_each_machine():
+        data = load_dataset(config.dataset, config.data_dir, config.val_size, config.download)
+    check_batches(config, len(data.train), world_size)
+    data = data.to(device)
+
+    torch.manual_seed(config.seed)
+    model = ResNet(**config.architecture()).to(device)
+    parallel = DistributedDataParallel(model, broadcast_buffers=False) if world_size > 1 else model
+    optimizer = torch.optim.SGD(
+        model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
+    )
+    scheduler = make_scheduler(optimizer, config)
+    steps = math.ceil(len(data.train) / config.batch_size)
+    steps = min(steps, config.limit_steps or steps)  # of an epoch
+    num_images = min(steps * config.batch_size, len(data.train))  # seen in an epoch
+    augmentation = Augmentation(config.crop_padding, config.rotation, config.flip)
+
+    def batches(epoch: int) -> Iterable[tuple[Tensor, Tensor, int]]:
+        order = (config.batch_size, config.seed, epoch)
+        return itertools.islice(train_batches(data, augmentation, *order, rank, world_size), steps)
+
+    log, wandb_id = [], None  # log: one row per finished epoch
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        log, wandb_id = state["log"], state["wandb_id"]
+    if is_main:
+        print_plan(config, data, device, world_size, steps, len(log))
+        utils.write_json(folder / "config.json", asdict(config))
+        wandb = utils.WandbRun(config.wandb, folder, asdict(config), wandb_id)
+        if device.type == "cpu" and len(log) < config.epochs:
+            images, labels, _ = next(iter(batches(len(log) + 1)))
+            seconds = estimate_step(model, images, labels) * steps * (config.epochs - len(log))
+            print(f"estimated time on this CPU: {utils.duration(seconds)}", flush=True)
+
+    for epoch in range(len(log) + 1, config.epochs + 1):
+        start = time.perf_counter()
+        lr = scheduler.get_last_lr()[0]
+        # Reseeded every epoch, so that dropout, like the batches, needs no saved state.
+        torch.manual_seed(utils.derive_seed("dropout", config.seed, epoch, rank))
+        model.train()
+        with progress_bar(config, epoch, num_images, is_main) as bar:
+            train_loss, train_accuracy = train_one_epoch(
+                parallel, optimizer, batches(epoch), epoch, bar
+            )
+        scheduler.step()
+        utils.average_batchnorm(model)
+        val = None
+        if len(data.val):
+            logits = utils.evaluate(model, data.val.images, data.normalize)
+            val = utils.score(logits, data.val.labels)
+        log.append(
+            {
+                "epoch": epoch,
+                "lr": lr,
+                "train_loss": train_loss,
+                "train_accuracy": train_accuracy,
+                "val_loss": val and val.loss,
+                "val_accuracy": val and val.accuracy,
+                "seconds": time.perf_counter() - start,
+            }
+        )
+        if is_main:
+            utils.write_csv(folder / "log.csv", log)
+            save_model(folder / "model.safetensors", model, metadata(config, data, log))
+            utils.save_state(
+                folder / "last.pt",
+                {
+                    "config": asdict(config),
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "scheduler": scheduler.state_dict(),
+                    "log": log,
+                    "wandb_id": wandb.id,
+                },
+            )
+            print_epoch(log[-1], config.epochs)
+            wandb.log(log[-1])
+
+    test = utils.score(utils.evaluate(model, data.test.images, data.normalize), data.test.labels)
+    if is_main:
+        save_model(folder / "model.safetensors", model, metadata(config, data, log, test))
+        plots.learning_curves(log, folder / "curves.png", title=config.name)
+        wandb.finish(
+            {"test_loss": test.loss, "test_accuracy": test.accuracy}, folder / "curves.png"
+        )
+        print(f"test accuracy: {test}")
+        print(f"next: python test.py {(folder / 'model.safetensors').as_posix()}")
+    return test
+
+
+def train_one_epoch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[tuple[Tensor, Tensor, int]],
+    epoch: int,
+    bar: tqdm,
+) -> tuple[float, float]:
+    """Step through `batches`; returns the mean loss and the accuracy in percent, as trained.
+
+    Raises:
+        DivergenceError: the loss is not finite.
+    """
+    totals = 0  # loss, correct and seen, summed on the device and read now and then
+    for step, (images, labels, batch_size) in enumerate(batches, start=1):
+        logits = model(images)
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        # DDP averages the gradients over the processes. Scaled like this, their mean is that of
+        # the mean loss over the global batch, even where its images do not share out evenly.
+        optimizer.zero_grad()
+        (loss * utils.num_processes() / batch_size).backward()
+        optimizer.step()
+
+        correct = (logits.detach().argmax(1) == labels).sum()
+        totals = totals + torch.stack([loss.detach(), correct, loss.new_tensor(len(labels))])
+        bar.update(batch_size)
+        if step % LOG_INTERVAL == 0:
+            loss, accuracy = mean_metrics(totals, optimizer, f"epoch {epoch}, step {step}")
+            bar.set_postfix_str(f"loss={loss:.3f}, acc={accuracy:.1f}%")
+    return mean_metrics(totals, optimizer, f"epoch {epoch}, step {step}")
+
+
+def mean_metrics(
+    totals: Tensor, optimizer: torch.optim.Optimizer, where: str
+) -> tuple[float, float]:
+    """Mean loss and accuracy in percent so far, over all processes, from their summed totals."""
+    loss, correct, seen = utils.sum_over_processes(totals.clone()).tolist()
+    if not math.isfinite(loss):
+        lr = optimizer.param_groups[0]["lr"]
+        raise DivergenceError(f"{where}: the loss is {loss / seen} at lr {lr:g}; try a lower --lr")
+    return loss / seen, 100 * correct / seen
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, config: Config) -> LRScheduler:
+    """The learning rate of every epoch (Loshchilov & Hutter, SGDR, arXiv:1608.03983)."""
+    if config.schedule == "cosine_restarts":
+        return CosineAnnealingWarmRestarts(optimizer, T_0=config.restart_period)
+    return CosineAnnealingLR(optimizer, T_max=config.epochs)
+
+
+# ---------------------------------------------------------------- checks, before any work
+
+
+def check_config(config: Config) -> None:
+    """Raise InputError, naming the field, if this configuration cannot be trained."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if get_origin(field.type) is Literal and value not in get_args(field.type):
+            options = ", ".join(get_args(field.type))
+            raise InputError(f"{field.name}: {value!r} is not one of {options}")
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", config.name):
+        raise InputError(
+            f"name: {config.name!r} is no plain folder name; use letters, digits and . _ -"
+        )
+    for name in ("epochs", "batch_size", "restart_period", "max_params"):
+        check_integer(name, getattr(config, name), 1)
+    for name in ("seed", "val_size", "limit_steps"):
+        check_integer(name, getattr(config, name), 0)
+    check_integer("crop_padding", config.crop_padding, 0, 32)
+    check_number("lr", config.lr, 0, 1000)
+    check_number("momentum", config.momentum, 0, 1)
+    check_number("weight_decay", config.weight_decay, 0, 1)
+    check_number("rotation", config.rotation, 0, 180)
+    if config.dataset == "digits" and (config.flip or config.crop_padding):
+        raise InputError(
+            "flip, crop_padding: they change what a digit means; add --no-flip --crop-padding 0,"
+            " or start from the demo preset"
+        )
+    check_budget(config.max_params, **config.architecture())
+
+
+def check_batches(config: Config, num_images: int, world_size: int) -> None:
+    """Raise InputError if `num_images` cannot be cut into batches that all processes share in."""
+    if not world_size <= config.batch_size <= num_images:
+        raise InputError(
+            f"batch_size: {config.batch_size} for {num_images:,} training images and {world_size}"
+            f" process{'es' * (world_size > 1)}; use {world_size} to {num_images:,}"
+        )
+    if 0 < num_images % config.batch_size < world_size:
+        raise InputError(
+            f"batch_size: {config.batch_size} leaves a last batch of"
+            f" {num_images % config.batch_size} for {world_size} processes; use another"
+        )
+
+
+def load_run(config: Config, folder: Path) -> dict[str, object] | None:
+    """The state of the run in `folder` if it is to be resumed; None for a new run.
+
+    Raises:
+        InputError: there is a run that would be overwritten, or none to resume, or it was
+            trained with other constants.
+    """
+    if not config.resume:
+        if (folder / "last.pt").exists():
+            raise InputError(
+                f"name: {folder} holds a run already; add --resume to go on with it, give another"
+                " --name, or remove the folder"
+            )
+        return None
+    state = utils.load_state(folder / "last.pt")
+    if missing := {"config", "model", "optimizer", "scheduler", "log", "wandb_id"} - set(state):
+        raise InputError(
+            f"resume: {folder / 'last.pt'} lacks {', '.join(sorted(missing))}; it was not written"
+            " by train.py"
+        )
+    free = {"name", "data_dir", "download", "max_params", "resume", "wandb"}
+    for field in fields(config):
+        old, new = state["config"].get(field.name), getattr(config, field.name)
+        if old != new and field.name not in free:
+            raise InputError(
+                f"{field.name}: {new!r}, but the run in {folder} was started with {old!r};"
+                f" give that, or another --name"
+            )
+    return state
+
+
+# ---------------------------------------------------------------- what is printed and recorded
+
+
+def print_plan(
+    config: Config, data: Dataset, device: torch.device, world_size: int, steps: int, done: int
+) -> None:
+    """Say what is about to be trained, on what, and from where."""
+    cost = model_cost(**config.architecture())
+    print(
+        f"{config.name}: {cost.num_params:,} parameters; {cost.macs / 1e6:,.1f} M MACs and"
+        f" {cost.activation_bytes / 1e6:,.1f} MB of activations per image"
+    )
+    print(
+        f"{data.name}: {len(data.train):,} training, {len(data.val):,} validation and"
+        f" {len(data.test):,} test images"
+    )
+    where = f"{world_size} processes on {device.type}" if world_size > 1 else device.type
+    resumed = f", going on after epoch {done}" if done else ""
+    print(f"{config.epochs} epochs of {steps:,} steps, {where}{resumed}")
+
+
+def estimate_step(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Seconds of a forward and backward pass, measured on a copy of the model after a warm-up."""
+    model = copy.deepcopy(model).train()
+    for _ in range(2):
+        start = time.perf_counter()
+        F.cross_entropy(model(images), labels).backward()
+    return time.perf_counter() - start
+
+
+def progress_bar(config: Config, epoch: int, num_images: int, is_main: bool) -> tqdm:
+    """A bar of one epoch's images; shown by the main process, where the output is a terminal."""
+    return tqdm(
+        total=num_images,
+        desc=f"epoch {epoch}/{config.epochs}",
+        unit="img",
+        unit_scale=True,
+        leave=False,
+        dynamic_ncols=True,
+        disable=None if is_main else True,  # None: not where the output is no terminal
+    )
+
+
+def print_epoch(row: dict[str, float | None], epochs: int) -> None:
+    """One line of the log."""
+    val = ""
+    if row["val_loss"] is not None:
+        val = f"  val {row['val_loss']:.4f} {row['val_accuracy']:6.2f}%"
+    print(
+        f"epoch {row['epoch']:{len(str(epochs))}}/{epochs}  lr {row['lr']:.4f}"
+        f"  train {row['train_loss']:.4f} {row['train_accuracy']:6.2f}%{val}"
+        f"  {utils.duration(row['seconds'])}",
+        flush=True,
+    )
+
+
+def metadata(
+    config: Config, data: Dataset, log: list[dict[str, float | None]], test: Score | None = None
+) -> dict[str, object]:
+    """What a saved model says of itself, beside its architecture. `test` is None until the end."""
+    same = [n for n, p in PRESETS.items() if p.architecture() == config.architecture()]
+    return {
+        "preset": same[0] if same else "custom",  # the named network, if it is one
+        "dataset": data.name,
+        "class_names": data.class_names,
+        "mean": data.mean,
+        "std": data.std,
+        "epochs": len(log),
+        "accuracy": {  # percent; train as seen while training, augmented
+            "train": log[-1]["train_accuracy"],
+            "val": log[-1]["val_accuracy"],
+            "test": test and test.accuracy,
+        },
+        "seed": config.seed,
+        "data_fingerprint": data.fingerprint,
+        "unofficial_data_files": data.unofficial,
+        "versions": utils.library_versions(),
+        "git_commit": utils.git_commit(),
+        "config": asdict(config),
+    }
+
+
+def main(args: list[str]) -> None:
+    """Train what the command line asks for: a preset, then any constants to override."""
+    preset = "tpsnet"
+    if args and not args[0].startswith("-"):
+        preset, *args = args
+    if preset not in PRESETS:
+        raise InputError(f"preset: {preset!r} is not one of {', '.join(PRESETS)}")
+    config = utils.parse_command_line(
+        Config,
+        args,
+        default=PRESETS[preset],
+        prog=f"train.py [{'|'.join(PRESETS)}]",
+        description=f"Train a network; the defaults shown are those of the preset {preset}.",
+    )
+    train(config)
+
+
+if __name__ == "__main__":
+    utils.run_script(main)

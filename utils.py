@@ -1,0 +1,395 @@
+"""What the scripts share: errors, files, seeds, processes, evaluation and Weights & Biases."""
+
+import contextlib
+import csv
+import functools
+import hashlib
+import importlib.metadata
+import io
+import json
+import math
+import os
+import pickle
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+T = TypeVar("T")
+EVAL_BATCH = 500  # images; one size everywhere, so that every script gets the same last digit
+
+
+# ---------------------------------------------------------------- errors and the command line
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong: one line naming the field, the value and the remedy."""
+
+
+class DivergenceError(RuntimeError):
+    """Training produced a loss that is not finite."""
+
+
+def check_integer(name: str, value: object, low: int, high: int | None = None) -> None:
+    """Raise InputError, naming the field, if `value` is no whole number from `low` to `high`."""
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if not is_integer or value < low or (high is not None and value > high):
+        span = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise InputError(f"{name}: {value!r} is not a whole number {span}")
+
+
+def check_number(name: str, value: object, low: float, high: float) -> None:
+    """Raise InputError, naming the field, if `value` is no finite number from `low` to `high`."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high:  # nan compares false
+        raise InputError(f"{name}: {value!r} is not a number from {low} to {high}")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def warn(message: str) -> None:
+    """Print a one-line warning, once per machine."""
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        print(f"warning: {message}", file=sys.stderr)
+
+
+def run_script(main: Callable[[list[str]], None]) -> None:
+    """Run a script's `main(arguments)`; what a user can cause ends in one line and a status.
+
+    Exit status 2 for bad input, 1 for a diverged training, 130 for Ctrl-C.
+    """
+    try:
+        main(sys.argv[1:])
+    except (InputError, DivergenceError) as error:
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # one line, not one per process
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except KeyboardInterrupt:
+        print("interrupted; --resume goes on from the last whole epoch", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def parse_command_line(target: Callable[..., T], args: list[str], **options: object) -> T:
+    """tyro.cli(target), with a mistake reported as an InputError instead of a box of text."""
+    import tyro  # here, so that train(config) runs where the command line's library is missing
+
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(target, args=args, **options)
+    except SystemExit as stop:
+        if not stop.code:  # -h
+            raise
+    # The box: a title, then the message, then a rule and the help of what might be meant.
+    lines = [line.strip("│| ") for line in printed.getvalue().splitlines()[1:]]
+    rule = next((i for i, line in enumerate(lines) if set(line) <= set("─-")), len(lines))
+    message = " ".join(line for line in lines[:rule] if line)
+    raise InputError(f"{message}; -h explains every option")
+
+
+def duration(seconds: float) -> str:
+    """A length of time in its natural unit: 4.2 s, 12.3 min, 3.4 h, 5.6 days."""
+    for unit, size in (("s", 1), ("min", 60), ("h", 3600)):
+        if seconds < 100 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 86400:.1f} days"
+
+
+# ---------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path`, renamed to it when the block ends well: whole or not at all.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise InputError(f"{path.parent}: cannot write there ({error.strerror})") from None
+    try:
+        temporary = Path(folder, path.name)
+        yield temporary
+        temporary.replace(path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write one JSON file, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def write_csv(path: Path, rows: list[dict[str, object]]) -> None:
+    """Write `rows`, which share their keys, as one CSV file with a header, whole or not at all."""
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def save_state(path: Path, state: dict[str, object]) -> None:
+    """Write a training state of tensors and plain values, whole or not at all."""
+    with atomic_path(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load_state(path: Path) -> dict[str, object]:
+    """Read what `save_state` wrote, on the CPU. Nothing in the file is executed.
+
+    Raises:
+        InputError: the file is missing, damaged, or holds more than tensors and plain values.
+    """
+    if not path.is_file():
+        raise InputError(f"resume: {path} does not exist; train without --resume first")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise TypeError("it holds no dictionary")
+        return state
+    except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, ValueError, OSError):
+        raise InputError(
+            f"resume: {path} is damaged or was not written by train.py; restore a copy of it,"
+            " or train under another --name"
+        ) from None
+
+
+# ---------------------------------------------------------------- seeds and provenance
+
+
+def derive_seed(*key: object) -> int:
+    """A seed that is a pure function of `key`, such as ("augmentation", seed, epoch, step)."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "little")
+
+
+def generator(*key: object) -> torch.Generator:
+    """A CPU random generator that is a pure function of `key`."""
+    return torch.Generator().manual_seed(derive_seed(*key))
+
+
+@functools.cache
+def git_commit() -> str:
+    """The commit of these scripts, with `-dirty` after it if they were edited; or `unknown`."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        here = Path(__file__).resolve().parent
+        result = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return result.stdout.strip()
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide a result."""
+    names = ("torch", "torchvision", "numpy", "safetensors")
+    return {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in names}
+
+
+# ---------------------------------------------------------------- processes and devices
+
+
+def init_processes() -> tuple[torch.device, int, int]:
+    """Device, rank and number of processes: one process, or those that torchrun started.
+
+    CUDA, then MPS, then the CPU, whichever is there; NCCL between CUDA devices, else Gloo.
+    """
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    elif torch.backends.mps.is_available() and world_size == 1:
+        device = torch.device("mps")
+    else:
+        device = torch.device("cpu")
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, rank, world_size
+
+
+@contextlib.contextmanager
+def first_on_each_machine() -> Iterator[None]:
+    """One process of each machine runs the block first (a download, say), then the others."""
+    is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    if dist.is_initialized() and not is_first:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and is_first:
+        dist.barrier()
+
+
+def num_processes() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """`tensor`, summed in place over all processes; itself where there is one."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def average_batchnorm(model: nn.Module) -> None:
+    """Give every process the mean of all processes' BN statistics, so that all test one network.
+
+    DDP's own way, broadcasting rank 0's before every step, throws the other shards' away.
+    """
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                sum_over_processes(buffer.div_(num_processes()))
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    images: Tensor,
+    normalize: Callable[[Tensor], Tensor],
+    flip_tta: bool = False,
+) -> Tensor:
+    """Logits of every image, (N, num_classes) float32, on the images' device.
+
+    Under torchrun each process takes every n-th batch and all get all logits, the same to the
+    last bit for any number of processes.
+
+    Args:
+        model: a `ResNet`; it is put into eval mode.
+        images: (N, 3, 32, 32) uint8.
+        normalize: turns uint8 images into what the model takes.
+        flip_tta: average the logits with those of the mirrored images (test-time augmentation).
+    """
+    model.eval()
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    logits = torch.zeros(len(images), model.linear.out_features, device=images.device)
+    batches = list(zip(images.split(EVAL_BATCH), logits.split(EVAL_BATCH), strict=True))
+    for batch, out in batches[rank :: num_processes()]:
+        x = normalize(batch)
+        out.copy_((model(x) + model(x.flip(-1))) / 2 if flip_tta else model(x))
+    return sum_over_processes(logits)
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a model did on a labelled set."""
+
+    loss: float  # mean cross entropy, nats
+    correct: int
+    total: int
+
+    @property
+    def accuracy(self) -> float:
+        """Top-1, in percent."""
+        return 100 * self.correct / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% confidence interval of the accuracy, in percent (Wilson's score interval, 1927)."""
+        z, n, p = 1.959964, self.total, self.correct / self.total
+        center = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+        half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+        return 100 * (center - half), 100 * (center + half)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return (
+            f"{self.accuracy:.2f}% ({self.correct:,} of {self.total:,};"
+            f" 95% interval {low:.2f} to {high:.2f}), loss {self.loss:.4f}"
+        )
+
+
+def score(logits: Tensor, labels: Tensor) -> Score:
+    """Mean cross entropy and top-1 of (N, num_classes) logits against (N,) labels."""
+    correct = (logits.argmax(1) == labels).sum().item()
+    return Score(F.cross_entropy(logits, labels).item(), correct, len(labels))
+
+
+# ---------------------------------------------------------------- Weights & Biases
+
+
+class WandbRun:
+    """A Weights & Biases run that can never stop the training.
+
+    The library is imported only if it is used. The first failure, of whatever kind, prints one
+    warning and switches it off.
+
+    Args:
+        mode: `auto` (online when logged in, else offline; never a prompt), `online`, `offline`
+            or `disabled`.
+        folder: the run folder; the library's own files go into `folder/wandb`.
+        config: what to show as the run's configuration.
+        run_id: the id of the run to go on with, or None for a new one.
+    """
+
+    def __init__(self, mode: str, folder: Path, config: dict, run_id: str | None = None) -> None:
+        self.id = run_id
+        self.run = None
+        if mode != "disabled":
+            self._attempt(self._start, mode, folder, config)
+
+    def _start(self, mode: str, folder: Path, config: dict) -> None:
+        import wandb
+
+        if mode == "auto":
+            mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
+        self.run = wandb.init(
+            project="tpsnet",
+            name=folder.name,
+            id=self.id,
+            resume="allow",
+            mode=mode,
+            dir=folder,
+            config=config,
+            settings=wandb.Settings(silent=True, console="off", init_timeout=30),
+        )
+        self.id = self.run.id
+        where = self.run.url if mode == "online" else f"offline, in {folder / 'wandb'}"
+        print(f"Weights & Biases: run {self.id}, {where}")
+
+    def log(self, row: dict[str, float | None]) -> None:
+        """Log one row of log.csv."""
+        if self.run:
+            metrics = {key: value for key, value in row.items() if value is not None}
+            self._attempt(self.run.log, metrics, step=row["epoch"])
+
+    def finish(self, summary: dict[str, float], curves: Path) -> None:
+        """Log the final figures and the learning curves, and end the run."""
+        if self.run:
+            self._attempt(self._finish, summary, curves)
+
+    def _finish(self, summary: dict[str, float], curves: Path) -> None:
+        import wandb
+
+        self.run.log({"curves": wandb.Image(str(curves))})
+        self.run.summary.update(summary)
+        self.run.finish()
+
+    def _attempt(self, action: Callable[..., None], *args: object, **options: object) -> None:
+        try:
+            action(*args, **options)
+        except Exception as error:  # whatever it is, a logger must not cost a training run
+            warn(f"wandb: {first_line(error)}; going on without it")
+            self.run = None
