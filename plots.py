@@ -15,7 +15,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Polygon
 from matplotlib.ticker import MaxNLocator
 from torch import nn
 
-from utils import atomic_path
+from utils import atomic_path, run_script
 
 # Okabe & Ito's palette, told apart by colour-blind readers too (jfly.uni-koeln.de/color).
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
@@ -74,3 +74,159 @@ def confusion_matrix(
     axes.set_yticks(ticks, class_names)
     axes.set(xlabel="predicted class", ylabel="true class", title=title)
     save(figure, path)
+
+
+def architecture(model: nn.Module, path: str | Path, title: str) -> None:
+    """The network as feature maps drawn to scale, from a real `ResNet`, and its two kinds of block.
+
+    A map's height follows the square root of its side, its width that of its channels.
+    """
+    shapes = output_shapes(model)
+    arguments = model.architecture
+    depths = arguments["num_blocks"]
+    kernels = [stage[0].conv1.kernel_size[0] for stage in model.stages]
+    maps = [("image", "", shapes["image"])]
+    maps.append(("stem", f"3x3 conv\n{parameters(model.conv1, model.bn1)}", shapes["relu"]))
+    for i, stage in enumerate(model.stages):
+        text = f"{depths[i]} blocks, {kernels[i]}x{kernels[i]}\n{parameters(stage)}"
+        maps.append((f"stage {i + 1}", text, shapes[f"stages.{i}"]))
+    window = arguments["pool_kernel"]
+    maps.append(("pool", f"{window}x{window} average\n", shapes["pool"]))
+    maps.append(("linear", f"logits\n{parameters(model.linear)}", shapes["linear"]))
+
+    figure = Figure(figsize=(10, 5.2), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlim=(0, 100), ylim=(-1, 51), aspect="equal")
+    axes.axis("off")
+    axes.text(1, 49.5, title, fontsize=13, weight="bold", va="center")
+    pitch = 100 / len(maps)
+    right = 0.0  # edge of the map before
+    for i, (name, text, shape) in enumerate(maps):
+        channels, side = shape[0], shape[1] if len(shape) > 1 else 1
+        center = pitch * (i + 0.5)
+        width, height = 0.75 * channels**0.5, 2.5 * side**0.5
+        if i:
+            draw_arrow(axes, (right + 0.4, 35), (center - width / 2 - 0.4, 35))
+        right = draw_map(axes, center, 35, width, height, BLUE if "stage" in name else GREY)
+        size = "x".join(str(n) for n in shape)
+        axes.text(center, 25, name, ha="center", va="top", weight="bold", fontsize=10)
+        axes.text(
+            center, 22.8, f"{size}\n{text}", ha="center", va="top", fontsize=8.5, linespacing=1.35
+        )
+
+    branch = [
+        f"{kernels[0]}x{kernels[0]} conv",
+        "BN",
+        "ReLU",
+        f"{kernels[0]}x{kernels[0]} conv",
+        "BN",
+    ]
+    if arguments["dropout"]:
+        branch.insert(3, f"dropout {arguments['dropout']:g}")
+    draw_block(axes, 1, "block", branch, "identity")
+    projections = [s[0].shortcut for s in model.stages if isinstance(s[0].shortcut, nn.Sequential)]
+    if projections:
+        skip = projections[0][0].kernel_size[0]
+        draw_block(axes, 51, "first block of a stage", branch, f"{skip}x{skip} conv, BN")
+    save(figure, path)
+
+
+def output_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shape of every module's output for one image, without the batch dimension.
+
+    A module that is used more than once (the stem's ReLU is not) shows its last use.
+    """
+    shapes = {"image": (3, 32, 32)}
+    handles = [
+        module.register_forward_hook(
+            lambda _module, _inputs, output, name=name: shapes.__setitem__(name, output.shape[1:])
+        )
+        for name, module in model.named_modules()
+    ]
+    with torch.no_grad():
+        parameter = next(model.parameters())
+        model.eval()(torch.zeros(1, *shapes["image"], device=parameter.device))
+    for handle in handles:
+        handle.remove()
+    return {name: tuple(shape) for name, shape in shapes.items()}
+
+
+def parameters(*modules: nn.Module) -> str:
+    """The modules' parameter count, in words."""
+    count = sum(p.numel() for module in modules for p in module.parameters())
+    return f"{count:,} param."
+
+
+def draw_map(axes: Axes, x: float, y: float, width: float, height: float, color: str) -> float:
+    """A feature map as a box centered on (x, y); returns its right edge at that height."""
+    skew = np.array([0.28, 0.2]) * height
+    left, low = x - width / 2, y - height / 2
+    corners = np.array(
+        [[left, low], [left + width, low], [left + width, low + height], [left, low + height]]
+    )
+    top = [corners[3], corners[2], corners[2] + skew, corners[3] + skew]
+    side = [corners[1], corners[2], corners[2] + skew, corners[1] + skew]
+    for face, shade in ((corners, 0.85), (top, 0.45), (side, 0.65)):
+        axes.add_patch(
+            Polygon(face, facecolor=color, alpha=shade, edgecolor="white", linewidth=0.8)
+        )
+    return left + width + skew[0]
+
+
+def draw_arrow(
+    axes: Axes, start: tuple[float, float], end: tuple[float, float], color: str = "black"
+) -> None:
+    """A thin arrow."""
+    arrow = FancyArrowPatch(
+        start, end, arrowstyle="-|>", mutation_scale=8, color=color, linewidth=1,
+        shrinkA=0, shrinkB=0,
+    )  # fmt: skip
+    axes.add_patch(arrow)
+
+
+def draw_block(axes: Axes, x: float, name: str, branch: list[str], shortcut: str) -> None:
+    """A residual block from left to right, 47 units wide: its branch below, its shortcut above."""
+    axes.text(x, 12, name, fontsize=10, weight="bold", va="center")
+    y, skip_y, left = 1, 7, x + 3
+    gap = (36 - sum(map(box_width, branch))) / len(branch)
+    draw_arrow(axes, (x, y), (left, y))
+    for part in branch:
+        right = draw_box(axes, left, y, part, BLUE)
+        left = right + gap
+        draw_arrow(axes, (right, y), (left, y))
+    plus = left + 0.9
+    axes.text(plus, y, "+", ha="center", va="center", fontsize=11)
+    draw_arrow(axes, (plus + 0.9, y), (plus + 2.5, y))
+    draw_box(axes, plus + 2.5, y, "ReLU", BLUE)
+    # The shortcut leaves before the branch and comes back at the sum.
+    axes.plot([x + 1.2, x + 1.2, plus], [y, skip_y, skip_y], color=ORANGE, linewidth=1.2)
+    draw_arrow(axes, (plus, skip_y), (plus, y + 1.2), ORANGE)
+    draw_box(axes, (x + plus - box_width(shortcut)) / 2, skip_y, shortcut, ORANGE)
+
+
+def box_width(text: str) -> float:
+    """Width of a box around `text`."""
+    return 0.95 * len(text) + 1.3
+
+
+def draw_box(axes: Axes, x: float, y: float, text: str, color: str) -> float:
+    """A rounded, labelled box from x on, centered on height y; returns its right edge."""
+    box = FancyBboxPatch(
+        (x, y - 1.5), box_width(text), 3, boxstyle="round,pad=0,rounding_size=0.8",
+        facecolor="white", edgecolor=color, linewidth=1.2, zorder=3,
+    )  # fmt: skip
+    axes.add_patch(box)
+    center = x + box_width(text) / 2
+    axes.text(center, y, text, ha="center", va="center", fontsize=8.5, zorder=4)
+    return x + box_width(text)
+
+
+def main(_args: list[str]) -> None:
+    """Draw the figures that the README shows."""
+    from model import ResNet  # here: as a library, this file imports no model
+
+    architecture(ResNet(), "images/architecture.png", "TPSNet: [13, 13, 13] blocks, C1 = 16")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -5,6 +5,7 @@ import csv
 import functools
 import hashlib
 import importlib.metadata
+import inspect
 import io
 import json
 import math
@@ -18,14 +19,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-T = TypeVar("T")
 EVAL_BATCH = 500  # images; one size everywhere, so that every script gets the same last digit
 
 
@@ -85,10 +84,16 @@ def run_script(main: Callable[[list[str]], None]) -> None:
             dist.destroy_process_group()
 
 
-def parse_command_line(target: Callable[..., T], args: list[str], **options: object) -> T:
-    """tyro.cli(target), with a mistake reported as an InputError instead of a box of text."""
+def parse_command_line(target: Callable, args: list[str], **options: object) -> object:
+    """tyro.cli(target), with a mistake reported as an InputError instead of a box of text.
+
+    For a function it returns the call, ready to be made, so that only the parsing runs here.
+    """
     import tyro  # here, so that train(config) runs where the command line's library is missing
 
+    if inspect.isfunction(target):
+        function = target
+        target = functools.wraps(function)(lambda *a, **kw: functools.partial(function, *a, **kw))
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
@@ -100,7 +105,7 @@ def parse_command_line(target: Callable[..., T], args: list[str], **options: obj
     lines = [line.strip("│| ") for line in printed.getvalue().splitlines()[1:]]
     rule = next((i for i, line in enumerate(lines) if set(line) <= set("─-")), len(lines))
     message = " ".join(line for line in lines[:rule] if line)
-    raise InputError(f"{message}; -h explains every option")
+    raise InputError(f"{message.rstrip('.')}; -h explains every option")
 
 
 def duration(seconds: float) -> str:
