@@ -5,6 +5,7 @@ images a batch holds and how each is augmented is a pure function of (seed, epoc
 run can stop and go on anywhere, on any number of processes.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -114,12 +115,15 @@ def load_cifar10_archive(data_dir: Path, download: bool) -> Dataset:
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity
 
-    archive = data_dir / CIFAR10.filename
-    archive_is_here = check_integrity(archive, CIFAR10.tgz_md5)
+    archive_is_here = check_integrity(data_dir / CIFAR10.filename, CIFAR10.tgz_md5)
+    folder_is_new = not data_dir.exists()
     try:
         train = CIFAR10(data_dir, train=True, download=download or archive_is_here)
         test = CIFAR10(data_dir, train=False)
     except (OSError, RuntimeError) as error:
+        if folder_is_new:
+            with contextlib.suppress(OSError):
+                data_dir.rmdir()  # made for a download that brought nothing
         raise InputError(
             f"data_dir: no CIFAR-10 in {data_dir} ({first_line(error)}); put {CIFAR10.filename}"
             f" (MD5 {CIFAR10.tgz_md5}) there, or {BINARY_FOLDER}/; or run `python train.py demo`,"

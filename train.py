@@ -156,7 +156,7 @@ def train(config: Config) -> Score:
 
     torch.manual_seed(config.seed)
     model = ResNet(**config.architecture()).to(device)
-    parallel = DistributedDataParallel(model, broadcast_buffers=False) if world_size > 1 else model
+    parallel = DistributedDataParallel(model) if world_size > 1 else model
     optimizer = torch.optim.SGD(
         model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
     )
@@ -196,7 +196,7 @@ def train(config: Config) -> Score:
                 parallel, optimizer, batches(epoch), epoch, bar
             )
         scheduler.step()
-        utils.average_batchnorm(model)
+        utils.share_buffers(model)
         val = None
         if len(data.val):
             logits = utils.evaluate(model, data.val.images, data.normalize)

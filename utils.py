@@ -255,15 +255,11 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def average_batchnorm(model: nn.Module) -> None:
-    """Give every process the mean of all processes' BN statistics, so that all test one network.
-
-    DDP's own way, broadcasting rank 0's before every step, throws the other shards' away.
-    """
+def share_buffers(model: nn.Module) -> None:
+    """Give every process rank 0's BN statistics, so that all test the network that is saved."""
     if dist.is_initialized():
         for buffer in model.buffers():
-            if buffer.is_floating_point():
-                sum_over_processes(buffer.div_(num_processes()))
+            dist.broadcast(buffer, src=0)
 
 
 # ---------------------------------------------------------------- evaluation
