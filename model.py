@@ -261,18 +261,32 @@ def check_budget(max_params: int, **architecture: object) -> int:
 
 
 def save_model(path: str | Path, model: nn.Module, metadata: dict[str, object]) -> None:
-    """Write weights and `metadata` (JSON values) to one `.safetensors` file, whole or not at all.
+    """Write weights and `metadata` to one `.safetensors` file, whole or not at all.
+
+    `metadata` holds JSON values, at least the `mean` and `std` that images are normalised with,
+    the `class_names` of the logits, and the `dataset` that the model is tested on.
 
     The wrappers of DDP and torch.compile are taken off first, so names never carry their prefixes.
     """
-    while wrapped := getattr(model, "module", None) or getattr(model, "_orig_mod", None):
-        model = wrapped
+    while (inner := getattr(model, "module", getattr(model, "_orig_mod", None))) is not None:
+        model = inner
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     described = {"architecture": model.architecture, **metadata}
+    check_metadata(described)
     texts = {key: json.dumps(value) for key, value in described.items()}
     with atomic_path(path) as temporary:
         # Not save_file: it makes files that only their owner can read.
         temporary.write_bytes(safetensors.torch.save(tensors, {"file_format": FILE_FORMAT} | texts))
+
+
+def check_metadata(metadata: dict[str, object]) -> None:
+    """Raise InputError, KeyError or TypeError if a model cannot be used with this metadata."""
+    if len(metadata["class_names"]) != metadata["architecture"]["num_classes"]:
+        raise InputError("as many class_names as num_classes are needed")
+    for name in ("mean", "std"):
+        red, green, blue = metadata[name]
+        for value in (red, green, blue):
+            check_number(name, value, 0, 255)
 
 
 def load_model(path: str | Path) -> tuple[ResNet, dict[str, object]]:
@@ -289,7 +303,10 @@ def load_model(path: str | Path) -> tuple[ResNet, dict[str, object]]:
             texts = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
-        raise InputError(f"checkpoint: {path} does not exist; train one, or name another") from None
+        raise InputError(
+            f"checkpoint: {path} does not exist; train one (`python train.py demo` takes a"
+            " minute), or name another"
+        ) from None
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise InputError(
             f"checkpoint: {path} is damaged or no .safetensors file ({first_line(error)});"
@@ -299,6 +316,7 @@ def load_model(path: str | Path) -> tuple[ResNet, dict[str, object]]:
         if texts.pop("file_format", None) != FILE_FORMAT:
             raise ValueError(f"its metadata lacks file_format {FILE_FORMAT}")
         metadata = {key: json.loads(text) for key, text in texts.items()}
+        check_metadata(metadata)
         # Built without memory and filled from the file: a lying architecture costs nothing.
         with torch.device("meta"):
             model = ResNet(**metadata["architecture"])

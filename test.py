@@ -48,7 +48,7 @@ def test(
     model, info = load_model(path)
     if json and Path(json).is_dir():
         raise InputError(f"json: {json} is a folder; name a file")
-    data = load_dataset(info["dataset"], data_dir, download=download)
+    data = load_dataset(info.get("dataset"), data_dir, download=download)
     if info["class_names"] != list(data.class_names):
         raise InputError(f"checkpoint: {path} knows other classes than {data.name} has")
     if info.get("data_fingerprint") != data.fingerprint:

@@ -30,7 +30,7 @@ import plots
 import utils
 from data import Augmentation, Dataset, load_dataset, train_batches
 from model import MAX_PARAMS, ResNet, check_budget, model_cost, save_model
-from utils import DivergenceError, InputError, Score, check_integer, check_number
+from utils import DivergenceError, InputError, Score, check_integer, check_number, first_line
 
 CHECKPOINTS = Path("checkpoints")
 LOG_INTERVAL = 20  # steps between looks at the running loss: each look waits for the device
@@ -172,13 +172,11 @@ def train(config: Config) -> Score:
 
     log, wandb_id = [], None  # log: one row per finished epoch
     if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
+        restore(state, folder, model=model, optimizer=optimizer, scheduler=scheduler)
         log, wandb_id = state["log"], state["wandb_id"]
     if is_main:
-        print_plan(config, data, device, world_size, steps, len(log))
         utils.write_json(folder / "config.json", asdict(config))
+        print_plan(config, data, device, world_size, steps, len(log))
         wandb = utils.WandbRun(config.wandb, folder, asdict(config), wandb_id)
         if device.type == "cpu" and len(log) < config.epochs:
             images, labels, _ = next(iter(batches(len(log) + 1)))
@@ -300,6 +298,8 @@ def check_config(config: Config) -> None:
         if get_origin(field.type) is Literal and value not in get_args(field.type):
             options = ", ".join(get_args(field.type))
             raise InputError(f"{field.name}: {value!r} is not one of {options}")
+        if field.type in (bool, str) and not isinstance(value, field.type):
+            raise InputError(f"{field.name}: {value!r} is no {field.type.__name__}")
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", config.name):
         raise InputError(
             f"name: {config.name!r} is no plain folder name; use letters, digits and . _ -"
@@ -352,8 +352,8 @@ def load_run(config: Config, folder: Path) -> dict[str, object] | None:
     state = utils.load_state(folder / "last.pt")
     if missing := {"config", "model", "optimizer", "scheduler", "log", "wandb_id"} - set(state):
         raise InputError(
-            f"resume: {folder / 'last.pt'} lacks {', '.join(sorted(missing))}; it was not written"
-            " by train.py"
+            f"resume: {folder / 'last.pt'} lacks {', '.join(sorted(missing))}; restore a copy of"
+            " the file, or train under another --name"
         )
     free = {"name", "data_dir", "download", "max_params", "resume", "wandb"}
     for field in fields(config):
@@ -364,6 +364,22 @@ def load_run(config: Config, folder: Path) -> dict[str, object] | None:
                 f" give that, or another --name"
             )
     return state
+
+
+def restore(state: dict[str, object], folder: Path, **parts: object) -> None:
+    """Load each part of a training state: model, optimizer and scheduler.
+
+    Raises:
+        InputError: one does not fit.
+    """
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(state[name])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(
+                f"resume: the {name} in {folder / 'last.pt'} does not fit ({first_line(error)});"
+                " restore a copy of the file, or train under another --name"
+            ) from None
 
 
 # ---------------------------------------------------------------- what is printed and recorded

@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -101,10 +102,11 @@ def parse_command_line(target: Callable, args: list[str], **options: object) -> 
     except SystemExit as stop:
         if not stop.code:  # -h
             raise
-    # The box: a title, then the message, then a rule and the help of what might be meant.
-    lines = [line.strip("│| ") for line in printed.getvalue().splitlines()[1:]]
-    rule = next((i for i, line in enumerate(lines) if set(line) <= set("─-")), len(lines))
-    message = " ".join(line for line in lines[:rule] if line)
+    # A box (of ASCII where the terminal has no UTF-8): a title, rules, and paragraphs, of which
+    # the first says what is wrong.
+    lines = [line.strip("│╭╮╰╯ ") for line in printed.getvalue().splitlines()[1:]]
+    paragraphs = itertools.groupby(lines, key=lambda line: line.strip("─-") != "")
+    message = next(" ".join(lines) for is_text, lines in paragraphs if is_text)
     raise InputError(f"{message.rstrip('.')}; -h explains every option")
 
 

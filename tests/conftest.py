@@ -1,0 +1,76 @@
+"""What the tests share. Every test runs in an empty folder of its own, on tiny data."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data
+import utils
+from train import PRESETS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    """The scripts read and write under the current folder; give each test a fresh one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def tiny():
+    """The demo cut down to seconds: 3 epochs of 3 steps, nothing sent anywhere."""
+    return replace(PRESETS["demo"], name="tiny", epochs=3, limit_steps=3, wandb="disabled")
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """The README's first command, in W&B's offline mode: its run folder and what it printed."""
+    folder = tmp_path_factory.mktemp("demo")
+    result = run("train.py", "demo", "--wandb", "offline", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return folder / "checkpoints" / "demo", result.stdout
+
+
+@pytest.fixture(scope="session")
+def cifar10_bin(tmp_path_factory):
+    """A data folder with the official binary layout, full size, filled with noise."""
+    folder = tmp_path_factory.mktemp("cifar10") / data.BINARY_FOLDER
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name in data.BINARY_SHA1:
+        shape = (data.IMAGES_PER_FILE, data.RECORD_BYTES)
+        records = rng.integers(0, 256, shape, dtype=np.uint8)
+        records[:, 0] %= 10
+        records.tofile(folder / name)
+    return folder.parent
+
+
+def command(*args):
+    """The command line of one of the scripts."""
+    return [sys.executable, str(ROOT / args[0]), *map(str, args[1:])]
+
+
+def run(*args, cwd=".", launcher=None, **env):
+    """Run a script in a process of its own."""
+    line = command(*args)
+    if launcher:
+        line = [sys.executable, "-m", *launcher, *line[1:]]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | env
+    return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def run_main(main, *args, monkeypatch):
+    """Run a script's main in this process as its file would; returns its exit status."""
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, args)])
+    try:
+        utils.run_script(main)
+    except SystemExit as stop:
+        return stop.code
+    return 0

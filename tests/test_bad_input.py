@@ -1,0 +1,277 @@
+"""Every mistake a user can make: one line naming what, which value and what to do; status 2."""
+
+import json
+import pickle
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run, run_main
+
+import data
+import test as test_script
+import train as train_script
+import utils
+from model import ResNet, save_model
+from train import PRESETS, Config, check_config
+from utils import InputError
+
+# command line, and words that the error must contain
+BAD_LINES = [
+    # presets and options
+    ("train.py resnet50", ["preset", "'resnet50'", "tpsnet, model1, model2, demo"]),
+    ("train.py --learning-rate 0.1", ["--learning-rate", "-h"]),
+    ("train.py demo model1", ["model1", "-h"]),
+    ("train.py demo --lr", ["--lr", "-h"]),
+    ("train.py demo --lr fast", ["--lr", "'fast'", "-h"]),
+    ("train.py demo --epochs 2.5", ["--epochs", "'2.5'", "-h"]),
+    ("train.py demo --num-blocks 1 x 1", ["--num-blocks", "'x'", "-h"]),
+    ("train.py demo --conv-kernel big", ["--conv-kernel", "'big'", "-h"]),
+    ("train.py demo --dataset mnist", ["--dataset", "'mnist'", "cifar10", "digits"]),
+    ("train.py demo --schedule step", ["--schedule", "'step'", "cosine_restarts"]),
+    ("train.py demo --wandb yes", ["--wandb", "'yes'", "offline", "disabled"]),
+    # the network
+    ("train.py demo --num-blocks", ["num_blocks", "()", "1 to 4 stages"]),
+    ("train.py demo --num-blocks 1 1 1 1 1", ["num_blocks", "(1, 1, 1, 1, 1)", "1 to 4"]),
+    ("train.py demo --num-blocks 1 0 1", ["num_blocks", "0", "from 1 to 500"]),
+    ("train.py demo --num-blocks 1 -2 1", ["num_blocks", "-2", "from 1 to 500"]),
+    ("train.py demo --num-blocks 1000000000", ["num_blocks", "1000000000", "from 1 to 500"]),
+    ("train.py demo --c1 0", ["c1", "0", "from 1 to 4096"]),
+    ("train.py demo --c1 99999999", ["c1", "99999999", "from 1 to 4096"]),
+    ("train.py demo --width -1", ["width", "-1", "from 1 to 64"]),
+    ("train.py demo --conv-kernel 4", ["conv_kernel", "4", "even", "such as 3"]),
+    ("train.py demo --conv-kernel 0", ["conv_kernel", "0", "from 1 to 31"]),
+    ("train.py demo --conv-kernel -3", ["conv_kernel", "-3", "from 1 to 31"]),
+    ("train.py demo --conv-kernel 3 3", ["conv_kernel", "2 sizes", "3 stages"]),
+    ("train.py demo --conv-kernel 3 2 3", ["conv_kernel", "2", "even"]),
+    ("train.py demo --skip-kernel 2", ["skip_kernel", "2", "even", "such as 1"]),
+    ("train.py demo --skip-kernel 1 1 1 1", ["skip_kernel", "4 sizes", "3 stages"]),
+    ("train.py demo --pool-kernel 0", ["pool_kernel", "0", "at least 1"]),
+    ("train.py demo --pool-kernel 9", ["pool_kernel", "9", "8x8", "use 1 to 8"]),
+    ("train.py demo --num-blocks 1 1 1 1", ["pool_kernel", "8", "4x4", "use 1 to 4"]),
+    ("train.py demo --dropout 1", ["dropout", "1", "from 0 to 0.99"]),
+    ("train.py demo --dropout nan", ["dropout", "nan", "from 0 to 0.99"]),
+    ("train.py --c1 17", ["max_params", "5,598,195", "5,000,000", "--max-params"]),
+    ("train.py demo --max-params 76817", ["max_params", "76,818", "76,817"]),
+    ("train.py demo --max-params 0", ["max_params", "0", "at least 1"]),
+    # the data
+    ("train.py demo --flip", ["flip", "--no-flip"]),
+    ("train.py demo --crop-padding 2", ["crop_padding", "--crop-padding 0"]),
+    ("train.py --crop-padding -1", ["crop_padding", "-1", "from 0 to 32"]),
+    ("train.py --rotation 181", ["rotation", "181", "from 0 to 180"]),
+    ("train.py demo --val-size -1", ["val_size", "-1", "at least 0"]),
+    ("train.py demo --val-size 5", ["val_size", "5", "use 0, or 10 to 1,428"]),
+    ("train.py demo --val-size 1438", ["val_size", "1438", "use 0, or 10 to 1,428"]),
+    ("train.py demo --batch-size 1439", ["batch_size", "1439", "1,438", "use 1 to 1,438"]),
+    ("train.py demo --val-size 1400 --batch-size 39", ["batch_size", "39", "use 1 to 38"]),
+    ("train.py --no-download", ["data_dir", "cifar-10-python.tar.gz", "train.py demo"]),
+    ("train.py --no-download --data-dir x/y", ["data_dir", "x/y", "cifar-10-python.tar.gz"]),
+    # the recipe
+    ("train.py demo --batch-size 0", ["batch_size", "0", "at least 1"]),
+    ("train.py demo --epochs 0", ["epochs", "0", "at least 1"]),
+    ("train.py demo --lr -0.1", ["lr", "-0.1", "from 0 to 1000"]),
+    ("train.py demo --lr inf", ["lr", "inf", "from 0 to 1000"]),
+    ("train.py demo --momentum 1.5", ["momentum", "1.5", "from 0 to 1"]),
+    ("train.py demo --weight-decay nan", ["weight_decay", "nan", "from 0 to 1"]),
+    ("train.py demo --restart-period 0", ["restart_period", "0", "at least 1"]),
+    # the run
+    ("train.py demo --name ../elsewhere", ["name", "'../elsewhere'", "letters, digits"]),
+    ("train.py demo --name .hidden", ["name", "'.hidden'", "letters, digits"]),
+    ("train.py demo --name=", ["name", "''", "letters, digits"]),
+    ("train.py demo --seed -1", ["seed", "-1", "at least 0"]),
+    ("train.py demo --limit-steps -1", ["limit_steps", "-1", "at least 0"]),
+    ("train.py demo --resume", ["resume", "last.pt", "does not exist", "without --resume"]),
+    # test.py
+    ("test.py", ["checkpoint", "checkpoints", "does not exist", "train.py demo"]),
+    ("test.py nothing.safetensors", ["checkpoint", "nothing.safetensors", "does not exist"]),
+    ("test.py --tta nothing.safetensors extra", ["extra", "-h"]),
+    ("test.py --verbose", ["--verbose", "-h"]),
+    ("test.py --json", ["--json", "-h"]),
+]
+
+
+def check_refusal(script, args, words, monkeypatch, capsys):
+    """Run in this process; nothing may be written but one line on stderr."""
+    before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
+    main = {"train.py": train_script, "test.py": test_script}[script].main
+    assert run_main(main, *args, monkeypatch=monkeypatch) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert captured.err.endswith("\n")
+    for word in words:
+        assert word in captured.err
+    assert {path: path.stat().st_mtime_ns for path in Path().rglob("*")} == before
+
+
+@pytest.mark.parametrize(("line", "words"), BAD_LINES, ids=[line for line, _ in BAD_LINES])
+def test_bad_command_line(line, words, monkeypatch, capsys):
+    script, *args = line.split()
+    check_refusal(script, args, words, monkeypatch, capsys)
+
+
+def test_from_the_shell_it_is_the_same():
+    for line, words in (BAD_LINES[0], ("test.py nothing.safetensors", ["does not exist"])):
+        result = run(*line.split())
+        assert result.returncode == 2
+        assert result.stdout == ""
+        assert result.stderr.startswith("error: ")
+        assert result.stderr.count("\n") == 1
+        assert all(word in result.stderr for word in words)
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("dataset", "mnist"),
+        ("schedule", "step"),
+        ("wandb", True),
+        ("epochs", "30"),
+        ("epochs", True),
+        ("lr", "0.1"),
+        ("lr", None),
+        ("num_blocks", 3),
+        ("num_blocks", "333"),
+        ("conv_kernel", 3.0),
+        ("conv_kernel", None),
+        ("flip", "no"),
+        ("resume", 1),
+        ("data_dir", None),
+        ("name", None),
+    ],
+)
+def test_bad_value_given_in_python(field, value):
+    """What the command line's types would catch, other scripts can still pass to train()."""
+    with pytest.raises(InputError, match=f"^{field}: ") as error:
+        check_config(replace(PRESETS["model1"], **{field: value}))
+    assert repr(value) in str(error.value)
+
+
+def test_every_preset_is_sound():
+    for config in PRESETS.values():
+        check_config(config)
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "foreign", "label"])
+def test_bad_data_file(cifar10_bin, tmp_path, damage, monkeypatch, capsys):
+    folder = tmp_path / "d" / data.BINARY_FOLDER
+    folder.mkdir(parents=True)
+    for path in (cifar10_bin / data.BINARY_FOLDER).iterdir():
+        (folder / path.name).symlink_to(path)
+    path = folder / "data_batch_2.bin"
+    content = bytearray(path.read_bytes())
+    path.unlink()
+    if damage == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "foreign":
+        path.write_bytes(b"PK" + content)
+    elif damage == "label":
+        content[9999 * data.RECORD_BYTES] = 255
+        path.write_bytes(content)
+    words = {"label": ["record 9999", "255", "0 to 9"], "missing": ["No such file"]}
+    words = words.get(damage, ["30,730,000", "truncated or foreign"])
+    line = ["--data-dir", "d", "--wandb", "disabled"]
+    check_refusal("train.py", line, ["data_dir", "data_batch_2.bin", *words], monkeypatch, capsys)
+
+
+class Bomb:
+    """A pickle that makes a file when it is loaded."""
+
+    def __reduce__(self):
+        return open, ("bomb_went_off", "w")
+
+
+FOREIGN = {
+    "hostile pickle": lambda p: p.write_bytes(pickle.dumps(Bomb())),
+    "hostile torch file": lambda p: torch.save({"model": Bomb()}, p),
+    "empty": lambda p: p.write_bytes(b""),
+    "text": lambda p: p.write_text("not a checkpoint"),
+    "truncated": lambda p: p.write_bytes(p.read_bytes()[:2000]),
+    "other tensors": lambda p: torch.save({"weight": torch.ones(2)}, p),
+    "a list": lambda p: torch.save([torch.ones(2)], p),
+}
+
+
+@pytest.fixture
+def finished(tiny):
+    """A finished run in checkpoints/tiny."""
+    train_script.train(tiny)
+    return tiny
+
+
+@pytest.mark.parametrize("damage", FOREIGN.values(), ids=FOREIGN)
+def test_bad_checkpoint_to_test(finished, damage, monkeypatch, capsys):
+    path = Path("checkpoints/tiny/model.safetensors")
+    damage(path)
+    capsys.readouterr()
+    words = ["checkpoint", "model.safetensors", "name a model.safetensors that train.py wrote"]
+    check_refusal("test.py", [], words, monkeypatch, capsys)
+
+
+def test_training_state_is_no_model_to_test(finished, monkeypatch, capsys):
+    capsys.readouterr()
+    line = ["checkpoints/tiny/last.pt"]
+    check_refusal("test.py", line, ["last.pt", "model.safetensors"], monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("info", [{}, {"dataset": "mnist"}, {"dataset": "digits"}], ids=str)
+def test_model_of_other_data_to_test(info, monkeypatch, capsys):
+    shown = {"mean": [0.5] * 3, "std": [0.5] * 3, "class_names": ["cat", "dog"]}
+    save_model("m.safetensors", ResNet((1, 1), 2, num_classes=2), shown | info)
+    words = ["checkpoint: m.safetensors"] if "digits" in info.values() else ["dataset: "]
+    check_refusal("test.py", ["m.safetensors"], words, monkeypatch, capsys)
+
+
+def test_json_into_a_folder(finished, monkeypatch, capsys):
+    capsys.readouterr()
+    words = ["json", "checkpoints", "is a folder"]
+    check_refusal("test.py", ["--json", "checkpoints"], words, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("damage", FOREIGN.values(), ids=FOREIGN)
+def test_bad_state_to_resume(finished, damage, monkeypatch, capsys):
+    damage(Path("checkpoints/tiny/last.pt"))
+    capsys.readouterr()
+    line = "demo --name tiny --epochs 3 --limit-steps 3 --wandb disabled --resume"
+    check_refusal("train.py", line.split(), ["resume", "last.pt", "; "], monkeypatch, capsys)
+
+
+def test_state_whose_tensors_do_not_fit(finished, monkeypatch, capsys):
+    path = Path("checkpoints/tiny/last.pt")
+    state = utils.load_state(path)
+    state["model"]["linear.weight"] = torch.ones(3, 3)
+    utils.save_state(path, state)
+    capsys.readouterr()
+    line = "demo --name tiny --epochs 3 --limit-steps 3 --wandb disabled --resume"
+    check_refusal("train.py", line.split(), ["resume", "last.pt", "; "], monkeypatch, capsys)
+
+
+def test_run_is_not_overwritten_nor_resumed_as_another(finished, monkeypatch, capsys):
+    capsys.readouterr()
+    same = "demo --name tiny --epochs 3 --limit-steps 3 --wandb disabled".split()
+    words = ["name", "checkpoints/tiny", "--resume", "another --name"]
+    check_refusal("train.py", same, words, monkeypatch, capsys)
+    words = ["lr", "0.2", "0.1", "another --name"]
+    check_refusal("train.py", [*same, "--resume", "--lr", "0.2"], words, monkeypatch, capsys)
+    words = ["c1", "9", "8", "another --name"]
+    check_refusal("train.py", [*same, "--resume", "--c1", "9"], words, monkeypatch, capsys)
+
+
+def test_run_folder_that_cannot_be_made(monkeypatch, capsys):
+    Path("checkpoints").write_text("a file")
+    words = ["checkpoints/demo", "cannot write"]
+    check_refusal("train.py", ["demo", "--wandb", "disabled"], words, monkeypatch, capsys)
+
+
+def test_config_file_round_trip():
+    """What config.json holds is a configuration again."""
+    text = json.dumps(asdict(PRESETS["model2"]))
+    read = Config(**json.loads(text))
+    check_config(read)
+    assert read.architecture()["num_blocks"] == [7, 7, 7]

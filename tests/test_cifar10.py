@@ -1,0 +1,61 @@
+"""On the real CIFAR-10: `python -m pytest -m cifar10`. Skipped where it is not in data/."""
+
+import re
+
+import pytest
+import torch
+from conftest import ROOT, run
+
+import data
+from data import load_dataset
+
+DATA = ROOT / "data"
+FOLDERS = (data.BINARY_FOLDER, "cifar-10-batches-py")
+pytestmark = [
+    pytest.mark.cifar10,
+    pytest.mark.skipif(
+        not any((DATA / name).is_dir() for name in FOLDERS), reason="CIFAR-10 is not in data/"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def cifar10():
+    return load_dataset("cifar10", DATA, download=False)
+
+
+def test_it_is_cifar10(cifar10):
+    assert (len(cifar10.train), len(cifar10.test)) == (50_000, 10_000)
+    assert cifar10.train.labels.bincount().tolist() == [5000] * 10
+    assert cifar10.test.labels.bincount().tolist() == [1000] * 10
+    first = [cifar10.class_names[label] for label in cifar10.train.labels[:5]]
+    assert first == ["frog", "truck", "truck", "deer", "automobile"]
+    assert [cifar10.class_names[label] for label in cifar10.test.labels[:3]] == [
+        "cat", "ship", "ship",
+    ]  # fmt: skip
+
+
+def test_mean_and_std_are_the_data_sets(cifar10):
+    channels = cifar10.train.images.transpose(0, 1).flatten(1).double() / 255
+    assert channels.mean(1).tolist() == pytest.approx(cifar10.mean, abs=1e-4)
+    assert channels.std(1).tolist() == pytest.approx(cifar10.std, abs=1e-4)
+
+
+def test_validation_split(cifar10):
+    split = load_dataset("cifar10", DATA, val_size=5000, download=False)
+    assert split.train.labels.bincount().tolist() == [4500] * 10
+    assert split.val.labels.bincount().tolist() == [500] * 10
+    assert torch.equal(split.test.images, cifar10.test.images)
+
+
+def test_rehearsal_goes_through_every_stage_to_a_tested_checkpoint():
+    line = "train.py model1 --num-blocks 1 1 1 --c1 4 --epochs 2 --limit-steps 3 --name try"
+    shared = ("--data-dir", DATA, "--no-download")
+    trained = run(*line.split(), "--wandb", "disabled", *shared)
+    assert trained.returncode == 0, trained.stderr
+    assert "2 epochs of 3 steps" in trained.stdout
+    tested = run("test.py", *shared)
+    assert tested.returncode == 0, tested.stderr
+    pattern = r"test accuracy: .* of 10,000; .*"
+    assert re.findall(pattern, trained.stdout) == re.findall(pattern, tested.stdout) != []
+    assert re.search(r"^automobile +[\d,]+ +1,000 ", tested.stdout, re.MULTILINE)

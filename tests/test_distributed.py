@@ -1,0 +1,46 @@
+"""Two real processes under torchrun, with gloo."""
+
+import json
+import re
+
+import pytest
+from conftest import ROOT, run
+
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+@pytest.mark.parametrize("batch_size", [64, 33])
+def test_two_processes_take_the_same_first_step_as_one(batch_size):
+    paths = {"PYTHONPATH": str(ROOT)}
+    one, two = (
+        run("tests/first_step.py", batch_size, launcher=launcher, **paths)
+        for launcher in (None, TORCHRUN)
+    )
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    one, two = (json.loads(result.stdout) for result in (one, two))
+    assert (one.pop("processes"), two.pop("processes")) == (1, 2)
+    assert two == pytest.approx(one, rel=1e-5)
+    assert one["gradient"] > 0.1
+
+
+def test_data_parallel_run_is_tested_by_one_process_with_the_same_result():
+    line = "train.py demo --epochs 2 --batch-size 63 --wandb disabled --val-size 50".split()
+    trained = run(*line, launcher=TORCHRUN)
+    assert trained.returncode == 0, trained.stderr
+    assert "2 processes on cpu" in trained.stdout
+    assert trained.stdout.count("epoch 2/2") == 1  # one process prints
+    tested = run("test.py")
+    assert tested.returncode == 0, tested.stderr
+    pattern = r"test accuracy: [\d.]+% \(\d+ of 359"
+    assert re.findall(pattern, trained.stdout) == re.findall(pattern, tested.stdout) != []
+    resumed = run(*line, "--resume", launcher=TORCHRUN)
+    assert re.findall(pattern, resumed.stdout) == re.findall(pattern, trained.stdout)
+
+
+def test_bad_input_under_torchrun_is_one_line_and_ends_all_processes():
+    result = run("train.py", "demo", "--batch-size", "1", launcher=TORCHRUN)
+    assert result.returncode != 0
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert errors == [
+        "error: batch_size: 1 for 1,438 training images and 2 processes; use 2 to 1,438"
+    ]

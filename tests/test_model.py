@@ -1,0 +1,247 @@
+import json
+import pickle
+import re
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+import model
+from model import ResNet, check_budget, load_model, model_cost, save_model
+from train import PRESETS
+from utils import InputError
+
+SMALL = {"num_blocks": (1, 1, 1), "c1": 4}
+INFO = {
+    "dataset": "cifar10",
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.25, 0.25, 0.25],
+    "class_names": list("abcdefghij"),
+}
+
+
+def named_networks():
+    """The rows of the table in the module's docstring."""
+    row = r"\| (\w+) +\| \(([\d, ]+)\) +\| +(\d+) \| +([\d,]+) \|"
+    for name, blocks, c1, parameters in re.findall(row, model.__doc__):
+        yield name, tuple(map(int, blocks.split(","))), int(c1), int(parameters.replace(",", ""))
+
+
+def test_named_networks_have_the_sizes_in_the_docstring():
+    rows = list(named_networks())
+    assert {name: size for name, _, _, size in rows} == {
+        "tpsnet": 4_959_770,
+        "model1": 4_865_580,
+        "model2": 4_971_680,
+    }
+    for name, num_blocks, c1, size in rows:
+        network = ResNet(num_blocks=num_blocks, c1=c1)
+        assert sum(p.numel() for p in network.parameters()) == size
+        assert PRESETS[name].architecture() == network.architecture
+        assert model_cost(**network.architecture).num_params == size
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"num_blocks": (1, 2, 1)},
+        {"num_blocks": (1, 1)},
+        {"num_blocks": (1, 1, 1, 1), "pool_kernel": 4},
+        {"c1": 5},
+        {"width": 3},
+        {"conv_kernel": 5},
+        {"conv_kernel": (3, 1, 5)},
+        {"skip_kernel": 3},
+        {"skip_kernel": (1, 3, 5)},
+        {"pool_kernel": 4},
+        {"num_classes": 7},
+    ],
+    ids=str,
+)
+def test_every_choice_changes_the_network(choice):
+    base, changed = ResNet(**SMALL), ResNet(**(SMALL | choice))
+    shapes = [{n: tuple(p.shape) for n, p in m.named_parameters()} for m in (base, changed)]
+    assert shapes[0] != shapes[1]
+    logits = changed.eval()(torch.randn(2, 3, 32, 32))
+    assert logits.shape == (2, choice.get("num_classes", 10))
+
+
+def test_pooling_window_of_the_same_size_is_a_mean_over_the_map():
+    network = ResNet(**SMALL, pool_kernel=8).eval()
+    x = torch.randn(2, 3, 32, 32)
+    features = network.stages(network.relu(network.bn1(network.conv1(x))))
+    assert features.shape == (2, 2 * 4 * 4, 8, 8)
+    torch.testing.assert_close(network(x), network.linear(features.mean((2, 3))))
+
+
+def test_dropout_acts_between_the_convolutions_and_only_in_training():
+    network = ResNet(**SMALL, dropout=0.5)
+    x = torch.randn(4, 3, 32, 32)
+    assert not torch.equal(network(x), network(x))
+    network.eval()
+    assert torch.equal(network(x), network(x))
+    inputs = []
+    block = network.train().stages[0][0]
+    block.conv2.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    block.dropout.register_forward_hook(lambda *args: inputs.append(args[2]))
+    network(x)
+    assert inputs[0] is inputs[1]
+
+
+def test_strides_and_projections_stand_where_the_shape_changes():
+    network = ResNet(num_blocks=(2, 2, 2), c1=4, skip_kernel=3)
+    for i, stage in enumerate(network.stages):
+        first, second = stage
+        assert first.conv1.stride == ((1, 1) if i == 0 else (2, 2))
+        assert first.shortcut[0].kernel_size == (3, 3)
+        assert isinstance(first.shortcut[1], nn.BatchNorm2d)
+        assert second.conv1.stride == (1, 1)
+        assert isinstance(second.shortcut, nn.Identity)
+    # With width 1 the first stage has the stem's channels, so its shortcut is the identity.
+    assert isinstance(ResNet(**SMALL, width=1).stages[0][0].shortcut, nn.Identity)
+
+
+def test_block_is_its_formula():
+    block = model.BasicBlock(4, 8, 2, conv_kernel=3, skip_kernel=1, dropout=0.0).eval()
+    x = torch.randn(2, 4, 8, 8)
+    branch = block.bn2(block.conv2(block.bn1(block.conv1(x)).relu()))
+    skip = block.shortcut[1](block.shortcut[0](x))
+    torch.testing.assert_close(block(x), (branch + skip).relu())
+
+
+def test_cost_by_hand():
+    # stem 3->2, one block 2->2 with identity shortcut at 32x32, pool to 4x4, linear 32->10
+    cost = model_cost(num_blocks=(1,), c1=2, width=1, pool_kernel=8)
+    assert cost.num_params == (27 * 2 + 4) + 2 * (9 * 2 * 2 + 4) + (2 * 16 * 10 + 10)
+    assert cost.macs == 32 * 32 * (27 * 2 + 2 * 9 * 2 * 2) + 2 * 16 * 10
+    # kept for backward: the image, conv1's output, relu's; conv1's, relu's and conv2's outputs of
+    # the block; its sum, after ReLU; and the pooled features
+    maps = 3 + 2 + 2 + 2 + 2 + 2 + 2
+    assert cost.activation_bytes == 4 * (maps * 32 * 32 + 2 * 16)
+
+
+def test_activation_memory_is_what_a_real_step_keeps():
+    network = ResNet(**SMALL)
+
+    def kept(batch_size):
+        sizes = {}
+
+        def pack(tensor):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            loss = network(torch.randn(batch_size, 3, 32, 32)).sum()  # noqa: F841
+        return sum(sizes.values())
+
+    per_image = kept(9) - kept(8)
+    assert model_cost(**SMALL).activation_bytes == per_image
+
+
+def test_cost_allocates_nothing():
+    # 34 billion parameters: 137 GB, were they allocated.
+    assert model_cost(num_blocks=(200, 200, 200), c1=512).num_params > 30e9
+
+
+def test_budget():
+    assert check_budget(5_000_000) == 4_959_770
+    with pytest.raises(InputError, match=r"max_params: .* 5,034,010 parameters, .*--max-params"):
+        check_budget(5_000_000, num_blocks=(17, 13, 13))  # 4 blocks of 18,560 more
+    assert check_budget(6_000_000, num_blocks=(17, 13, 13)) == 5_034_010
+
+
+def test_saved_model_explains_itself(tmp_path):
+    torch.manual_seed(0)
+    network = ResNet(num_blocks=(1, 2), c1=3, conv_kernel=(3, 5), skip_kernel=3, dropout=0.1)
+    network(torch.randn(8, 3, 32, 32))  # moves the BN statistics
+    path = tmp_path / "new folder" / "a.safetensors"
+    save_model(path, network, INFO | {"seed": 3})
+    assert [p.name for p in path.parent.iterdir()] == ["a.safetensors"]
+
+    loaded, info = load_model(path)
+    x = torch.randn(2, 3, 32, 32)
+    assert not loaded.training
+    assert torch.equal(loaded(x), network.eval()(x))
+    assert info["seed"] == 3
+    assert info["mean"] == INFO["mean"]
+    assert info["architecture"]["num_blocks"] == [1, 2]
+
+
+def test_wrappers_leave_no_prefix(tmp_path):
+    network = ResNet(**SMALL)
+    for wrapped in (
+        nn.DataParallel(network),
+        torch.compile(network, backend="eager"),
+        nn.DataParallel(torch.compile(network, backend="eager")),
+    ):
+        save_model(tmp_path / "a.safetensors", wrapped, INFO)
+        names = safetensors.torch.load_file(tmp_path / "a.safetensors")
+        assert set(names) == set(network.state_dict())
+        load_model(tmp_path / "a.safetensors")
+
+
+def test_half_precision_weights_load_as_float(tmp_path):
+    save_model(tmp_path / "a.safetensors", ResNet(**SMALL).half(), INFO)
+    loaded, _ = load_model(tmp_path / "a.safetensors")
+    assert loaded(torch.randn(1, 3, 32, 32)).dtype == torch.float32
+
+
+class Bomb:
+    """A pickle that makes a file when it is loaded."""
+
+    def __reduce__(self):
+        return open, ("bomb_went_off", "w")
+
+
+def tampered(path, **changes):
+    """A file of ours, its metadata changed; a key set to None is removed."""
+    save_model(path, ResNet(**SMALL), INFO)
+    with safetensors.safe_open(path, "pt") as file:
+        texts = file.metadata()
+    texts |= {k: json.dumps(v) for k, v in changes.items()}
+    texts = {k: v for k, v in texts.items() if v != "null"}
+    path.write_bytes(safetensors.torch.save(safetensors.torch.load(path.read_bytes()), texts))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda p: p.unlink(),
+        lambda p: p.write_bytes(b""),
+        lambda p: p.write_bytes(p.read_bytes()[:1000]),
+        lambda p: p.write_bytes(p.read_bytes()[:-1]),
+        lambda p: p.write_bytes((2**63).to_bytes(8, "little") + p.read_bytes()[8:]),
+        lambda p: p.write_bytes(pickle.dumps(Bomb())),
+        lambda p: torch.save({"model": Bomb()}, p),
+        lambda p: safetensors.torch.save_file({"weight": torch.ones(3)}, p),
+        lambda p: tampered(p, architecture=None),
+        lambda p: tampered(p, architecture={"num_blocks": [500, 500, 500, 500], "c1": 4096}),
+        lambda p: tampered(p, architecture={"num_blocks": [1, 1, 1], "c1": 5}),
+        lambda p: tampered(p, architecture={"num_blocks": [1, 1, 1], "c1": "many"}),
+        lambda p: tampered(p, architecture={"layers": 3}),
+        lambda p: tampered(p, architecture=[1, 2]),
+        lambda p: tampered(p, mean=None),
+        lambda p: tampered(p, std=[0, 1, "x"]),
+        lambda p: tampered(p, class_names=["one"]),
+        lambda p: (p.unlink(), p.mkdir()),
+    ],
+)
+def test_damaged_and_hostile_files_are_refused_in_one_line(tmp_path, damage):
+    path = tmp_path / "a.safetensors"
+    save_model(path, ResNet(**SMALL), INFO)
+    damage(path)
+    with pytest.raises(InputError, match=r"^checkpoint: .*a\.safetensors .*; .*") as error:
+        load_model(path)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "bomb_went_off").exists()
+
+
+def test_failed_save_leaves_the_old_file_whole(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_model(path, ResNet(**SMALL), INFO)
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        save_model(path, ResNet(**SMALL), INFO | {"bad": object()})
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]

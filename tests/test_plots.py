@@ -1,0 +1,84 @@
+import re
+
+import numpy as np
+import pytest
+
+import plots
+from model import ResNet
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that were saved, to be looked into."""
+    saved = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: saved.append(figure))
+    return saved
+
+
+def log(epochs, val):
+    return [
+        {
+            "epoch": i + 1,
+            "train_loss": 2.0 / (i + 1),
+            "train_accuracy": 10.0 * i,
+            "val_loss": 3.0 / (i + 1) if val else None,
+            "val_accuracy": 9.0 * i if val else None,
+        }
+        for i in range(epochs)
+    ]
+
+
+@pytest.mark.parametrize("val", [False, True])
+def test_learning_curves_show_the_log(figures, val):
+    rows = log(5, val)
+    plots.learning_curves(rows, "curves.png", "a run")
+    for axes, name in zip(figures[0].axes, ("loss", "accuracy"), strict=True):
+        splits = ["train", "val"] if val else ["train"]
+        assert len(axes.lines) == len(splits)
+        for line, split in zip(axes.lines, splits, strict=True):
+            assert list(line.get_xdata()) == [1, 2, 3, 4, 5]
+            assert list(line.get_ydata()) == [row[f"{split}_{name}"] for row in rows]
+        assert [text.get_text().split()[0] for text in axes.get_legend().get_texts()] == [
+            {"train": "training", "val": "validation"}[split] for split in splits
+        ]
+
+
+def test_confusion_matrix_writes_every_count_in_its_cell(figures):
+    counts = np.array([[5, 0, 1], [2, 3, 0], [0, 0, 0]])
+    plots.confusion_matrix(counts, ["cat", "dog", "eel"], "confusion.png", "title")
+    axes = figures[0].axes[0]
+    cells = {text.get_position(): int(text.get_text()) for text in axes.texts}
+    assert cells == {(0, 0): 5, (2, 0): 1, (0, 1): 2, (1, 1): 3}  # x is the predicted class
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "dog", "eel"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"num_blocks": (2,), "width": 1, "c1": 8}, {"num_blocks": (1, 2, 1, 1), "pool_kernel": 2}],
+    ids=str,
+)
+def test_architecture_is_drawn_from_the_model(figures, arguments):
+    model = ResNet(**arguments)
+    plots.architecture(model, "architecture.png", "title")
+    texts = [text.get_text() for text in figures[0].axes[0].texts]
+    drawn = sum(int(n.replace(",", "")) for n in re.findall(r"([\d,]+) param", " ".join(texts)))
+    assert drawn == sum(p.numel() for p in model.parameters())
+    for i, stage in enumerate(model.stages):
+        side = 32 // 2**i
+        assert any(t.startswith(f"{stage[-1].conv2.out_channels}x{side}x{side}") for t in texts)
+    assert texts.count("identity") == 1
+
+
+def test_output_shapes_leave_no_hook_behind():
+    model = ResNet((1,), 2, pool_kernel=32)
+    shapes = plots.output_shapes(model)
+    assert shapes["stages.0"] == (4, 32, 32)
+    assert shapes["pool"] == (4, 1, 1)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_figures_are_png_files(tmp_path):
+    plots.learning_curves(log(2, True), tmp_path / "new" / "curves.png", "a run")
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["curves.png"]
+    assert (tmp_path / "new" / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,131 @@
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run, run_main
+
+from data import load_dataset
+from model import ResNet, load_model, model_cost, save_model
+from test import confusion, find_checkpoint, main
+from utils import InputError, Score, evaluate, score
+
+
+def test_repeats_exactly_what_training_printed(demo):
+    folder, output = demo
+    result = run("test.py", folder / "model.safetensors", "--json", "result.json")
+    assert result.returncode == 0, result.stderr
+    line = re.search(r"^test accuracy: .*$", output, re.MULTILINE)[0]
+    assert line in result.stdout.splitlines()
+
+    written = json.loads(Path("result.json").read_text())
+    _, info = load_model(folder / "model.safetensors")
+    assert written["accuracy"] == info["accuracy"]["test"] == 100 * written["correct"] / 359
+    assert written["total"] == 359
+    assert written["tta"] is None
+    cost = model_cost(**info["architecture"])
+    assert (written["num_params"], written["macs"]) == (cost.num_params, cost.macs)
+    counts = torch.tensor(written["confusion"])
+    assert counts.trace() == written["correct"]
+    assert counts.sum(1).tolist() == load_dataset("digits").test.labels.bincount().tolist()
+    assert (folder / "model_confusion.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_per_class_table_adds_up(demo, monkeypatch, capsys):
+    folder, _ = demo
+    assert run_main(main, folder, monkeypatch=monkeypatch) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    rows = re.findall(r"^(\d) +(\d+) +(\d+) +([\d.]+)%", captured.out, re.MULTILINE)
+    assert [name for name, *_ in rows] == list("0123456789")
+    correct = int(re.search(r"\((\d+) of 359;", captured.out)[1])
+    assert sum(int(right) for _, right, _, _ in rows) == correct
+    for _, right, total, accuracy in rows:
+        assert float(accuracy) == pytest.approx(100 * int(right) / int(total), abs=0.005)
+
+
+def test_flip_tta_is_reported_apart(demo, monkeypatch, capsys):
+    folder, _ = demo
+    assert run_main(main, folder, "--tta", "--json", "r.json", monkeypatch=monkeypatch) == 0
+    written = json.loads(Path("r.json").read_text())
+    model, _ = load_model(folder / "model.safetensors")
+    digits = load_dataset("digits")
+    plain = score(evaluate(model, digits.test.images, digits.normalize), digits.test.labels)
+    x = digits.normalize(digits.test.images)
+    with torch.no_grad():
+        both = score((model(x) + model(x.flip(3))) / 2, digits.test.labels)
+    assert written["accuracy"] == plain.accuracy
+    assert written["tta"]["accuracy"] == both.accuracy
+    assert written["tta"]["loss"] == pytest.approx(both.loss, rel=1e-4)
+    assert "with the flipped view (TTA): " in capsys.readouterr().out
+
+
+def test_evaluation_leaves_no_trace_and_uses_the_running_statistics():
+    model = ResNet(num_blocks=(1,), c1=2, pool_kernel=32, dropout=0.5).train()
+    images = torch.randint(0, 256, (7, 3, 32, 32), dtype=torch.uint8)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    all_logits = evaluate(model, images, lambda x: x / 255)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    one_by_one = torch.cat([evaluate(model, image[None], lambda x: x / 255) for image in images])
+    torch.testing.assert_close(all_logits, one_by_one)
+
+
+def test_score_and_its_interval():
+    logits = torch.tensor([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0], [2.0, 0.0]])
+    result = score(logits, torch.tensor([0, 1, 1, 0]))
+    assert (result.correct, result.total, result.accuracy) == (3, 4, 75.0)
+    hit, miss = torch.tensor(2.0).exp().add(1).log() - 2, torch.tensor(2.0).exp().add(1).log()
+    assert result.loss == pytest.approx(((3 * hit + miss) / 4).item())
+    # Wilson's interval ends where the observed share lies 1.96 standard errors from the true one.
+    for end in Score(0.0, 9484, 10_000).interval:
+        p = end / 100
+        assert abs(0.9484 - p) == pytest.approx(1.96 * (p * (1 - p) / 10_000) ** 0.5, rel=1e-4)
+    assert Score(0.0, 0, 10).interval == pytest.approx((0.0, 27.75), abs=0.01)
+    assert Score(0.0, 10, 10).interval == pytest.approx((72.25, 100.0), abs=0.01)
+
+
+def test_confusion_counts_true_then_predicted():
+    counts = confusion(torch.tensor([1, 1, 0, 2]), torch.tensor([0, 1, 0, 2]), 3)
+    assert counts.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 1]]
+
+
+def test_normalisation_comes_from_the_checkpoint(demo, monkeypatch, tmp_path, capsys):
+    folder, _ = demo
+    model, info = load_model(folder / "model.safetensors")
+    assert run_main(main, folder, "--json", "a.json", monkeypatch=monkeypatch) == 0
+    info = {k: v for k, v in info.items() if k != "architecture"}
+    save_model(tmp_path / "shifted.safetensors", model, info | {"mean": [0.0, 0.1, 0.2]})
+    line = ("shifted.safetensors", "--json", "b.json")
+    assert run_main(main, *line, monkeypatch=monkeypatch) == 0
+    losses = [json.loads(Path(name).read_text())["loss"] for name in ("a.json", "b.json")]
+    assert losses[0] != losses[1]
+
+
+def test_another_copy_of_the_data_is_noted(demo, monkeypatch, tmp_path, capsys):
+    folder, _ = demo
+    model, info = load_model(folder / "model.safetensors")
+    info = {k: v for k, v in info.items() if k != "architecture"}
+    save_model(tmp_path / "a.safetensors", model, info | {"data_fingerprint": "0" * 64})
+    assert run_main(main, "a.safetensors", monkeypatch=monkeypatch) == 0
+    assert capsys.readouterr().err == (
+        "warning: this copy of digits is not the one that a.safetensors was trained with\n"
+    )
+
+
+def test_default_is_the_newest_run_else_a_released_model(tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    with pytest.raises(InputError, match=r"checkpoint: .* holds no run and no released model"):
+        find_checkpoint(folder)
+    for i, name in enumerate(["tpsnet.safetensors", "fast.safetensors"]):
+        (folder / name).touch()
+        os.utime(folder / name, (i, i))
+    assert find_checkpoint(folder) == folder / "fast.safetensors"
+    for i, name in enumerate(["new", "newest", "old"]):
+        (folder / name).mkdir()
+        (folder / name / "model.safetensors").touch()
+        os.utime(folder / name / "model.safetensors", (i % 2, i % 2))
+    assert find_checkpoint(folder) == folder / "newest" / "model.safetensors"
+    assert find_checkpoint(folder / "old") == folder / "old" / "model.safetensors"

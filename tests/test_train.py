@@ -1,0 +1,259 @@
+import csv
+import json
+import math
+import subprocess
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import command, run_main
+from torch.nn import functional as F
+
+import train as train_script
+import utils
+from data import load_dataset
+from model import ResNet, load_model
+from train import PRESETS, Config, main, make_scheduler, train
+from utils import load_state
+
+
+def read_log(name):
+    with Path(f"checkpoints/{name}/log.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---------------------------------------------------------------- the recipe
+
+
+def test_defaults_are_the_papers_recipe():
+    config = Config()
+    assert (config.num_blocks, config.c1, config.dropout) == ((13, 13, 13), 16, 0)
+    assert (config.lr, config.momentum, config.weight_decay) == (0.01, 0.9, 5e-4)
+    assert (config.batch_size, config.epochs, config.schedule) == (128, 300, "cosine")
+    assert (config.crop_padding, config.rotation, config.flip) == (4, 5.0, True)
+    assert (config.dataset, config.val_size) == ("cifar10", 0)
+
+
+def learning_rates(config):
+    """The learning rate of every epoch."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], config.lr)
+    scheduler = make_scheduler(optimizer, config)
+    rates = []
+    for _ in range(config.epochs):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def test_schedules_are_cosines():
+    expected = [0.01 * (1 + math.cos(math.pi * epoch / 300)) / 2 for epoch in range(300)]
+    assert learning_rates(Config()) == pytest.approx(expected)
+    restarts = Config(schedule="cosine_restarts", restart_period=20, epochs=60)
+    cycle = [0.01 * (1 + math.cos(math.pi * epoch / 20)) / 2 for epoch in range(20)]
+    assert learning_rates(restarts) == pytest.approx(3 * cycle)
+
+
+def test_training_is_sgd_on_the_mean_cross_entropy(tiny):
+    """Two steps against the plainest possible loop, on the same batches."""
+    config = replace(tiny, epochs=1, limit_steps=2, lr=0.02, momentum=0.8, weight_decay=0.01)
+    train(config)
+    trained, _ = load_model("checkpoints/tiny/model.safetensors")
+
+    torch.manual_seed(config.seed)
+    expected = ResNet(**config.architecture())
+    velocity = [torch.zeros_like(p) for p in expected.parameters()]
+    augmentation = train_script.Augmentation(0, config.rotation, False)
+    batches = train_script.train_batches(load_dataset("digits"), augmentation, 64, 0, 1)
+    for _ in range(2):
+        images, labels, _ = next(batches)
+        loss = F.cross_entropy(expected(images), labels)
+        gradients = torch.autograd.grad(loss, list(expected.parameters()))
+        with torch.no_grad():
+            for p, v, g in zip(expected.parameters(), velocity, gradients, strict=True):
+                v.mul_(config.momentum).add_(g + config.weight_decay * p)
+                p.sub_(config.lr * v)
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(trained.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_first_loss_of_tpsnet_is_near_ln_10_and_gradients_reach_every_parameter():
+    torch.manual_seed(0)
+    model = ResNet(**Config().architecture())
+    loss = F.cross_entropy(model(torch.randn(4, 3, 32, 32)), torch.tensor([0, 3, 5, 9]))
+    loss.backward()
+    assert abs(loss.item() - math.log(10)) < 0.7
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.abs().sum() > 0, name
+
+
+# ---------------------------------------------------------------- a run, as a newcomer sees it
+
+
+def test_demo_reaches_97_percent_and_says_what_to_run_next(demo):
+    folder, output = demo
+    _, info = load_model(folder / "model.safetensors")
+    assert info["accuracy"]["test"] >= 97
+    last_line = output.splitlines()[-1]
+    assert last_line == "next: python test.py checkpoints/demo/model.safetensors"
+    assert f"test accuracy: {info['accuracy']['test']:.2f}% (" in output
+
+
+def test_run_folder_holds_what_the_readme_promises(demo):
+    folder, _ = demo
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"config.json", "log.csv", "last.pt", "model.safetensors", "curves.png"}
+    assert not [name for name in names if name.startswith(".")]  # no temporary left behind
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    config = json.loads((folder / "config.json").read_text())
+    assert config == json.loads(json.dumps(asdict(replace(PRESETS["demo"], wandb="offline"))))
+    with (folder / "log.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == [
+        "epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds",
+    ]  # fmt: skip
+    assert [int(row["epoch"]) for row in rows] == list(range(1, 16))
+    assert float(rows[0]["train_loss"]) > float(rows[-1]["train_loss"])
+    assert set(load_state(folder / "last.pt")) == {
+        "config", "model", "optimizer", "scheduler", "log", "wandb_id",
+    }  # fmt: skip
+
+
+def test_model_file_explains_itself(demo):
+    folder, _ = demo
+    _, info = load_model(folder / "model.safetensors")
+    digits = load_dataset("digits")
+    assert info["architecture"] == json.loads(json.dumps(PRESETS["demo"].architecture()))
+    assert info["preset"] == "demo"
+    assert info["dataset"] == "digits"
+    assert tuple(info["mean"]) == digits.mean
+    assert tuple(info["std"]) == digits.std
+    assert info["class_names"] == list("0123456789")
+    assert info["data_fingerprint"] == digits.fingerprint
+    assert info["epochs"] == 15
+    assert info["seed"] == 0
+    assert info["versions"]["torch"] == torch.__version__
+    assert info["git_commit"] == utils.git_commit()
+    assert 0 < info["accuracy"]["train"] <= 100
+    assert info["accuracy"]["val"] is None
+
+
+def test_no_progress_bar_where_the_output_is_no_terminal(tiny, capsys):
+    train(replace(tiny, val_size=50))
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    epochs = [line for line in captured.out.splitlines() if line.startswith("epoch ")]
+    assert len(epochs) == 3
+    assert all(len(line) < 80 and " val " in line for line in epochs)
+    assert "estimated time on this CPU" in captured.out
+
+
+def test_edited_network_is_not_called_by_a_presets_name(tiny):
+    train(replace(tiny, c1=5, epochs=1))
+    assert load_model("checkpoints/tiny/model.safetensors")[1]["preset"] == "custom"
+
+
+def test_command_line_overrides_a_preset(monkeypatch):
+    seen = []
+    monkeypatch.setattr(train_script, "train", seen.append)
+    line = "model1 --epochs 30 --lr 0.1 --num-blocks 1 2 --conv-kernel 3 5 --no-flip --name try"
+    assert run_main(main, *line.split(), monkeypatch=monkeypatch) == 0
+    assert run_main(main, monkeypatch=monkeypatch) == 0
+    changes = {"epochs": 30, "lr": 0.1, "num_blocks": (1, 2), "conv_kernel": (3, 5)}
+    assert seen == [
+        replace(PRESETS["model1"], **changes, flip=False, name="try"),
+        PRESETS["tpsnet"],
+    ]
+
+
+def test_help_explains_every_constant(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run_main(main, "-h", monkeypatch=monkeypatch) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    assert all(name in text for name in PRESETS)
+    words = " ".join(text.replace("│", " ").split())
+    for field in fields(Config):
+        option = "--" + field.name.replace("_", "-")
+        explanation = words[words.index(option + " ") :].split(" --")[1]
+        assert len(explanation.split()) > 5, option
+
+
+# ---------------------------------------------------------------- seeds and resuming
+
+
+def weights(name):
+    return load_model(f"checkpoints/{name}/model.safetensors")[0].state_dict()
+
+
+def same(a, b):
+    return all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+
+
+def test_a_seed_decides_everything_and_nothing_else_does(tiny):
+    config = replace(tiny, dropout=0.2)
+    train(replace(config, name="a"))
+    torch.manual_seed(99)
+    train(replace(config, name="b"))
+    train(replace(config, name="c", seed=1))
+    assert same(weights("a"), weights("b"))
+    assert not same(weights("a"), weights("c"))
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"schedule": "cosine_restarts", "restart_period": 2, "val_size": 100}], ids=str
+)
+def test_killed_run_resumes_to_the_bit(tiny, changes):
+    """SIGKILL after the second epoch; the resumed run cannot be told from the unbroken one."""
+    options = "demo --epochs 4 --limit-steps 8 --dropout 0.2 --wandb disabled".split()
+    config = replace(tiny, name="whole", epochs=4, limit_steps=8, dropout=0.2, **changes)
+    for name, value in changes.items():
+        options += [f"--{name.replace('_', '-')}", str(value)]
+    line = command("train.py", *options, "--name", "broken")
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
+    for text in process.stdout:
+        if text.startswith("epoch 2/4"):
+            process.kill()
+    assert process.wait() == -9
+    assert len(load_state(train_script.CHECKPOINTS / "broken" / "last.pt")["log"]) < 4
+
+    # The threads split sums differently from one process to the next only if their number differs.
+    whole = train(config)
+    resumed = train(replace(config, name="broken", resume=True))
+    assert resumed == whole
+    assert same(weights("whole"), weights("broken"))
+    logs = [[{**row, "seconds": ""} for row in read_log(name)] for name in ("whole", "broken")]
+    assert logs[0] == logs[1]
+    states = [load_state(train_script.CHECKPOINTS / n / "last.pt") for n in ("whole", "broken")]
+    for key, buffers in states[0]["optimizer"]["state"].items():
+        assert same(buffers, states[1]["optimizer"]["state"][key])
+    assert states[0]["scheduler"] == states[1]["scheduler"]
+
+
+def test_finished_run_resumed_only_tests_again(tiny, capsys):
+    first = train(tiny)
+    capsys.readouterr()
+    assert train(replace(tiny, resume=True)) == first
+    assert not [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
+
+
+def test_rehearsal_takes_exactly_so_many_steps(tiny, monkeypatch):
+    steps = []
+    step = torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda *args: (steps.append(1), step(*args)))
+    train(replace(tiny, epochs=2, limit_steps=5))
+    assert len(steps) == 10
+
+
+# ---------------------------------------------------------------- divergence
+
+
+def test_diverged_run_stops_with_one_line_and_status_1(monkeypatch, capsys):
+    line = "demo --lr 900 --momentum 0.99 --epochs 9 --wandb disabled --name wild"
+    assert run_main(main, *line.split(), monkeypatch=monkeypatch) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("error: epoch ")
+    assert "the loss is" in error
+    assert "--lr" in error
