@@ -265,8 +265,8 @@ def train_one_epoch(
         totals = totals + torch.stack([loss.detach(), correct, loss.new_tensor(len(labels))])
         bar.update(batch_size)
         if step % LOG_INTERVAL == 0:
-            loss, accuracy = mean_metrics(totals, optimizer, f"epoch {epoch}, step {step}")
-            bar.set_postfix_str(f"loss={loss:.3f}, acc={accuracy:.1f}%")
+            mean_loss, accuracy = mean_metrics(totals, optimizer, f"epoch {epoch}, step {step}")
+            bar.set_postfix_str(f"loss={mean_loss:.3f}, acc={accuracy:.1f}%")
     return mean_metrics(totals, optimizer, f"epoch {epoch}, step {step}")
 
 
@@ -306,8 +306,9 @@ def check_config(config: Config) -> None:
         )
     for name in ("epochs", "batch_size", "restart_period", "max_params"):
         check_integer(name, getattr(config, name), 1)
-    for name in ("seed", "val_size", "limit_steps"):
+    for name in ("val_size", "limit_steps"):
         check_integer(name, getattr(config, name), 0)
+    check_integer("seed", config.seed, 0, 2**32 - 1)
     check_integer("crop_padding", config.crop_padding, 0, 32)
     check_number("lr", config.lr, 0, 1000)
     check_number("momentum", config.momentum, 0, 1)
@@ -421,6 +422,7 @@ def progress_bar(config: Config, epoch: int, num_images: int, is_main: bool) -> 
         desc=f"epoch {epoch}/{config.epochs}",
         unit="img",
         unit_scale=True,
+        bar_format="{desc} {percentage:3.0f}%|{bar}| {rate_fmt}, {remaining} left{postfix}",
         leave=False,
         dynamic_ncols=True,
         disable=None if is_main else True,  # None: not where the output is no terminal

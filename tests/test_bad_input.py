@@ -79,7 +79,7 @@ BAD_LINES = [
     ("train.py demo --name ../elsewhere", ["name", "'../elsewhere'", "letters, digits"]),
     ("train.py demo --name .hidden", ["name", "'.hidden'", "letters, digits"]),
     ("train.py demo --name=", ["name", "''", "letters, digits"]),
-    ("train.py demo --seed -1", ["seed", "-1", "at least 0"]),
+    ("train.py demo --seed -1", ["seed", "-1", "from 0 to 4294967295"]),
     ("train.py demo --limit-steps -1", ["limit_steps", "-1", "at least 0"]),
     ("train.py demo --resume", ["resume", "last.pt", "does not exist", "without --resume"]),
     # test.py
