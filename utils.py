@@ -78,7 +78,7 @@ def run_script(main: Callable[[list[str]], None]) -> None:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
-        print("interrupted; --resume goes on from the last whole epoch", file=sys.stderr)
+        print("interrupted; a training goes on with --resume", file=sys.stderr)
         sys.exit(130)
     finally:
         if dist.is_initialized():
@@ -90,7 +90,10 @@ def parse_command_line(target: Callable, args: list[str], **options: object) -> 
 
     For a function it returns the call, ready to be made, so that only the parsing runs here.
     """
-    import tyro  # here, so that train(config) runs where the command line's library is missing
+    try:
+        import tyro  # here, so that train(config) can be called where it is not installed
+    except ModuleNotFoundError:
+        raise InputError("tyro: not installed; run `pip install -r requirements.txt`") from None
 
     if inspect.isfunction(target):
         function = target

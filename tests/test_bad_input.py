@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -121,6 +122,12 @@ def test_from_the_shell_it_is_the_same():
         assert result.stderr.count("\n") == 1
         assert all(word in result.stderr for word in words)
     assert list(Path().iterdir()) == []
+
+
+def test_command_line_without_its_library(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    words = ["tyro", "not installed", "pip install -r requirements.txt"]
+    check_refusal("train.py", ["demo"], words, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(
