@@ -212,8 +212,8 @@ def git_commit() -> str:
 
 def library_versions() -> dict[str, str]:
     """Versions of Python and of the libraries that decide a result."""
-    names = ("torch", "torchvision", "numpy", "safetensors")
-    return {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in names}
+    others = {name: importlib.metadata.version(name) for name in ("torchvision", "numpy")}
+    return {"python": platform.python_version(), "torch": torch.__version__} | others
 
 
 # ---------------------------------------------------------------- processes and devices

@@ -62,8 +62,7 @@ def run(*args, cwd=".", launcher=None, **env):
     line = command(*args)
     if launcher:
         line = [sys.executable, "-m", *launcher, *line[1:]]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | env
-    return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True)
+    return subprocess.run(line, cwd=cwd, env=os.environ | env, capture_output=True, text=True)
 
 
 def run_main(main, *args, monkeypatch):

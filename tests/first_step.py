@@ -1,4 +1,6 @@
-"""Loss and gradient norm of the demo's first training step, as JSON; for test_distributed.py.
+"""Loss and gradient norm of the demo's first training step, one JSON line per batch size.
+
+A helper of test_distributed.py.
 
 BN runs in eval mode: in training each process normalises with its own share of the batch, and
 the loss of two halves is not that of the whole.
@@ -18,25 +20,19 @@ from data import Augmentation, load_dataset, train_batches
 from model import ResNet
 
 device, rank, world_size = utils.init_processes()
-torch.manual_seed(0)
-model = ResNet(**train.PRESETS["demo"].architecture()).to(device).eval()
-parallel = DistributedDataParallel(model) if world_size > 1 else model
-optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-batch_size = int(sys.argv[1])  # an odd one shares out unevenly
-batches = train_batches(
-    load_dataset("digits").to(device),
-    Augmentation(0, 5.0, False),
-    batch_size,
-    0,
-    1,
-    rank,
-    world_size,
-)
-one = itertools.islice(batches, 1)
-loss, accuracy = train.train_one_epoch(parallel, optimizer, one, 1, tqdm(disable=True))
-gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
-weights = torch.cat([p.detach().flatten() for p in model.parameters()])
-if rank == 0:
-    result = {"processes": world_size, "loss": loss, "accuracy": accuracy}
-    result |= {"gradient": gradient.norm().item(), "weights": weights.norm().item()}
-    print(json.dumps(result))
+digits = load_dataset("digits").to(device)
+for batch_size in map(int, sys.argv[1:]):  # an odd one shares out unevenly
+    torch.manual_seed(0)
+    model = ResNet(**train.PRESETS["demo"].architecture()).to(device).eval()
+    parallel = DistributedDataParallel(model) if world_size > 1 else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    augmentation = Augmentation(0, 5.0, False)
+    batches = train_batches(digits, augmentation, batch_size, 0, 1, rank, world_size)
+    one = itertools.islice(batches, 1)
+    loss, accuracy = train.train_one_epoch(parallel, optimizer, one, 1, tqdm(disable=True))
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    if rank == 0:
+        result = {"processes": world_size, "loss": loss, "accuracy": accuracy}
+        result |= {"gradient": gradient.norm().item(), "weights": weights.norm().item()}
+        print(json.dumps(result))

@@ -140,8 +140,8 @@ def test_activation_memory_is_what_a_real_step_keeps():
 
 
 def test_cost_allocates_nothing():
-    # 34 billion parameters: 137 GB, were they allocated.
-    assert model_cost(num_blocks=(200, 200, 200), c1=512).num_params > 30e9
+    # 121 GB, were they allocated
+    assert model_cost(num_blocks=(3, 3, 3), c1=2700).num_params > 30e9
 
 
 def test_budget():
