@@ -94,6 +94,21 @@ def test_batches_are_a_pure_function_of_seed_epoch_and_step():
     assert not torch.equal(first[0][0], other[0])
 
 
+def test_every_batch_is_augmented_by_draws_of_its_own(monkeypatch):
+    draw, seeds = Augmentation.draw, []
+
+    def recorded(self, num_images, rng):
+        seeds.append(rng.initial_seed())
+        return draw(self, num_images, rng)
+
+    monkeypatch.setattr(Augmentation, "draw", recorded)
+    toy = labelled_by_position(100)
+    for seed in range(3):
+        for epoch in range(4):
+            assert len(list(train_batches(toy, Augmentation(4, 5.0, True), 25, seed, epoch))) == 4
+    assert len(set(seeds)) == len(seeds) == 3 * 4 * 4
+
+
 def test_processes_share_each_global_batch_as_one_process_augments_it():
     digits, strong = load_dataset("digits"), Augmentation(4, 30.0, True)
     whole = train_batches(digits, strong, 101, seed=0, epoch=1)
