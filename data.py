@@ -18,13 +18,17 @@ from torch.nn import functional as F
 
 from utils import InputError, first_line, generator, warn
 
-CIFAR10_CLASSES = (
-    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
-)  # fmt: skip
-# Per channel, over all pixels of the 50,000 training images scaled to [0, 1]. The std that is
-# copied everywhere, (0.2023, 0.1994, 0.2010), is a mean of per-image stds.
-CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-DIGITS_MEAN, DIGITS_STD = (0.3053,) * 3, (0.3237,) * 3  # the same of our 1,438 training digits
+# Class names, and per channel the mean and std of all pixels of the training images, scaled to
+# [0, 1]. The CIFAR-10 std that is copied everywhere, (0.2023, 0.1994, 0.2010), is not that: it is
+# a mean of per-image stds.
+FACTS = {
+    "cifar10": (
+        "airplane automobile bird cat deer dog frog horse ship truck".split(),
+        (0.4914, 0.4822, 0.4465),
+        (0.2470, 0.2435, 0.2616),
+    ),
+    "digits": (list("0123456789"), (0.3053,) * 3, (0.3237,) * 3),
+}
 
 BINARY_FOLDER = "cifar-10-batches-bin"
 BINARY_SHA1 = {  # of the official files
@@ -99,8 +103,8 @@ def load_dataset(
     Raises:
         InputError: a file is missing, damaged or foreign, or `val_size` is out of range.
     """
-    if name not in ("cifar10", "digits"):
-        raise InputError(f"dataset: {name!r} is not one of cifar10, digits")
+    if name not in FACTS:
+        raise InputError(f"dataset: {name!r} is not one of {', '.join(FACTS)}")
     if name == "digits":
         dataset = load_digits()
     elif Path(data_dir, BINARY_FOLDER).is_dir():
@@ -136,7 +140,7 @@ def load_cifar10_archive(data_dir: Path, download: bool) -> Dataset:
         )
         for part in (train, test)
     ]
-    return cifar10(*splits)
+    return make_dataset("cifar10", *splits)
 
 
 def load_cifar10_binary(folder: Path) -> Dataset:
@@ -160,7 +164,7 @@ def load_cifar10_binary(folder: Path) -> Dataset:
         Split(records[:, 1:].reshape(-1, 3, 32, 32).contiguous(), records[:, 0].long())
         for records in (torch.cat(train), test)
     ]
-    return cifar10(*splits, unofficial=unofficial)
+    return make_dataset("cifar10", *splits, unofficial=unofficial)
 
 
 def read_binary(path: Path) -> np.ndarray:
@@ -188,21 +192,6 @@ def read_binary(path: Path) -> np.ndarray:
     return records
 
 
-def cifar10(train: Split, test: Split, unofficial: tuple[str, ...] = ()) -> Dataset:
-    """The Dataset of CIFAR-10's two splits."""
-    return Dataset(
-        name="cifar10",
-        class_names=CIFAR10_CLASSES,
-        mean=CIFAR10_MEAN,
-        std=CIFAR10_STD,
-        train=train,
-        val=train[:0],
-        test=test,
-        fingerprint=fingerprint(train, test),
-        unofficial=unofficial,
-    )
-
-
 def load_digits() -> Dataset:
     """1,797 handwritten digits of 8x8 pixels, enlarged to 32x32x3, split 80/20 stratified."""
     from sklearn import datasets
@@ -212,15 +201,22 @@ def load_digits() -> Dataset:
     large = F.interpolate(small, size=(32, 32), mode="bilinear")
     images = (large * 255).round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
     train, test = stratified(Split(images, torch.tensor(labels)), round(len(labels) / 5))
+    return make_dataset("digits", train, test)
+
+
+def make_dataset(name: str, train: Split, test: Split, unofficial: tuple[str, ...] = ()) -> Dataset:
+    """The Dataset of two splits, nothing set aside for validation yet."""
+    class_names, mean, std = FACTS[name]
     return Dataset(
-        name="digits",
-        class_names=tuple("0123456789"),
-        mean=DIGITS_MEAN,
-        std=DIGITS_STD,
+        name=name,
+        class_names=tuple(class_names),
+        mean=mean,
+        std=std,
         train=train,
         val=train[:0],
         test=test,
         fingerprint=fingerprint(train, test),
+        unofficial=unofficial,
     )
 
 

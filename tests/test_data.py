@@ -200,7 +200,7 @@ def tiny_cifar10(monkeypatch, tmp_path):
         content = pickle.dumps({"data": records[:, 1:], "labels": records[:, 0].tolist()})
         (python_folder / name.removesuffix(".bin")).write_bytes(content)
         md5[name.removesuffix(".bin")] = hashlib.md5(content).hexdigest()
-    meta = pickle.dumps({"label_names": list(data.CIFAR10_CLASSES)})
+    meta = pickle.dumps({"label_names": data.FACTS["cifar10"][0]})
     (python_folder / "batches.meta").write_bytes(meta)
     *train, test = md5.items()
     cifar10 = torchvision.datasets.CIFAR10
