@@ -399,9 +399,9 @@ def print_plan(
         f"{data.name}: {len(data.train):,} training, {len(data.val):,} validation and"
         f" {len(data.test):,} test images"
     )
-    where = f"{world_size} processes on {device.type}" if world_size > 1 else device.type
+    processes = f" in {world_size} processes" if world_size > 1 else ""
     resumed = f", going on after epoch {done}" if done else ""
-    print(f"{config.epochs} epochs of {steps:,} steps, {where}{resumed}")
+    print(f"epochs: {config.epochs} of {steps:,} steps, on {device.type}{processes}{resumed}")
 
 
 def estimate_step(model: nn.Module, images: Tensor, labels: Tensor) -> float:

@@ -53,7 +53,7 @@ def test_rehearsal_goes_through_every_stage_to_a_tested_checkpoint():
     shared = ("--data-dir", DATA, "--no-download")
     trained = run(*line.split(), "--wandb", "disabled", *shared)
     assert trained.returncode == 0, trained.stderr
-    assert "2 epochs of 3 steps" in trained.stdout
+    assert "epochs: 2 of 3 steps" in trained.stdout
     tested = run("test.py", *shared)
     assert tested.returncode == 0, tested.stderr
     pattern = r"test accuracy: .* of 10,000; .*"

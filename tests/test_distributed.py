@@ -34,7 +34,7 @@ def test_data_parallel_run_is_tested_by_one_process_with_the_same_result():
     line += ["--limit-steps", "9"]
     trained = run(*line, launcher=TORCHRUN)
     assert trained.returncode == 0, trained.stderr
-    assert "2 processes on cpu" in trained.stdout
+    assert "on cpu in 2 processes" in trained.stdout
     assert trained.stdout.count("epoch 2/2") == 1  # one process prints
     tested = run("test.py")
     assert tested.returncode == 0, tested.stderr
