@@ -3,6 +3,7 @@
 import json
 import pickle
 import sys
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -96,7 +97,9 @@ def check_refusal(script, args, words, monkeypatch, capsys):
     """Run in this process; nothing may be written but one line on stderr."""
     before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
     main = {"train.py": train_script, "test.py": test_script}[script].main
-    assert run_main(main, *args, monkeypatch=monkeypatch) == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a warning would be a second line
+        assert run_main(main, *args, monkeypatch=monkeypatch) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("error: ")
