@@ -362,7 +362,7 @@ def load_run(config: Config, folder: Path) -> dict[str, object] | None:
         if old != new and field.name not in free:
             raise InputError(
                 f"{field.name}: {new!r}, but the run in {folder} was started with {old!r};"
-                f" give that, or another --name"
+                " give that, or another --name"
             )
     return state
 

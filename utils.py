@@ -61,9 +61,14 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def local_rank() -> int:
+    """Number of this process on its machine, as torchrun counts; 0 without torchrun."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def warn(message: str) -> None:
     """Print a one-line warning, once per machine."""
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    if local_rank() == 0:
         print(f"warning: {message}", file=sys.stderr)
 
 
@@ -75,7 +80,7 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except (InputError, DivergenceError) as error:
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # one line, not one per process
+        if local_rank() == 0:  # one line, not one per process
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
@@ -229,7 +234,7 @@ def init_processes() -> tuple[torch.device, int, int]:
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
     elif torch.backends.mps.is_available() and world_size == 1:
         device = torch.device("mps")
@@ -243,11 +248,10 @@ def init_processes() -> tuple[torch.device, int, int]:
 @contextlib.contextmanager
 def first_on_each_machine() -> Iterator[None]:
     """One process of each machine runs the block first (a download, say), then the others."""
-    is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    if dist.is_initialized() and not is_first:
+    if dist.is_initialized() and local_rank() != 0:
         dist.barrier()
     yield
-    if dist.is_initialized() and is_first:
+    if dist.is_initialized() and local_rank() == 0:
         dist.barrier()
 
 

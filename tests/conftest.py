@@ -52,6 +52,13 @@ def cifar10_bin(tmp_path_factory):
     return folder.parent
 
 
+class Bomb:
+    """A pickle that makes a file when it is loaded."""
+
+    def __reduce__(self):
+        return open, ("bomb_went_off", "w")
+
+
 def command(*args):
     """The command line of one of the scripts."""
     return [sys.executable, str(ROOT / args[0]), *map(str, args[1:])]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run, run_main
+from conftest import Bomb, run, run_main
 
 import data
 import test as test_script
@@ -188,13 +188,6 @@ def test_bad_data_file(cifar10_bin, tmp_path, damage, monkeypatch, capsys):
     words = words.get(damage, ["30,730,000", "truncated or foreign"])
     line = ["--data-dir", "d", "--wandb", "disabled"]
     check_refusal("train.py", line, ["data_dir", "data_batch_2.bin", *words], monkeypatch, capsys)
-
-
-class Bomb:
-    """A pickle that makes a file when it is loaded."""
-
-    def __reduce__(self):
-        return open, ("bomb_went_off", "w")
 
 
 FOREIGN = {

@@ -5,6 +5,7 @@ import re
 import pytest
 import safetensors.torch
 import torch
+from conftest import Bomb
 from torch import nn
 
 import model
@@ -185,13 +186,6 @@ def test_half_precision_weights_load_as_float(tmp_path):
     save_model(tmp_path / "a.safetensors", ResNet(**SMALL).half(), INFO)
     loaded, _ = load_model(tmp_path / "a.safetensors")
     assert loaded(torch.randn(1, 3, 32, 32)).dtype == torch.float32
-
-
-class Bomb:
-    """A pickle that makes a file when it is loaded."""
-
-    def __reduce__(self):
-        return open, ("bomb_went_off", "w")
 
 
 def tampered(path, **changes):
