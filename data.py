@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -82,10 +83,17 @@ class Dataset:
         train, val, test = (split.to(device) for split in (self.train, self.val, self.test))
         return replace(self, train=train, val=val, test=test)
 
+    @cached_property
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and std, (3, 1, 1) each, on the data's device: made once, not in every step."""
+        device = self.train.labels.device
+        mean, std = (torch.tensor(v, device=device) for v in (self.mean, self.std))
+        return mean[:, None, None], std[:, None, None]
+
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 images, (N, 3, 32, 32), to float32 with about zero mean and unit variance."""
-        mean, std = (images.new_tensor(v, dtype=torch.float32) for v in (self.mean, self.std))
-        return (images / 255 - mean[:, None, None]) / std[:, None, None]
+        mean, std = self.statistics
+        return (images / 255 - mean) / std
 
 
 # ---------------------------------------------------------------- loading
@@ -260,23 +268,34 @@ def fingerprint(*splits: Split) -> str:
 class Augmentation:
     """Random crop, rotation and horizontal flip, drawn per image."""
 
-    crop_padding: int  # zero pixels added on each side before cropping back to 32x32
+    crop_padding: int  # pixels added on each side before cropping back to 32x32
+    padding: str  # `zeros`, or `reflect`: the image mirrored at its border
     rotation: float  # degrees, either way
-    flip: bool  # mirror half of the images
+    flip: str  # `none`, `random` or `alternating`
 
-    def draw(self, num_images: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Shifts (N, 2), angles (N,) and flips (N,) of a batch, as `augment` takes them."""
+    def draw(self, indices: Tensor, seed: int, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Shifts (N, 2), angles (N,) and flips (N,) of the images `indices`, for `augment`.
+
+        Alternating flips mirror a random half of the images in the first epoch, the other half in
+        the second, and so on: two epochs show every image both ways (Jordan, arXiv:2404.00498).
+        """
+        rng, n = generator("augmentation", seed, epoch), len(indices)
         low, high = -self.crop_padding, self.crop_padding + 1
-        shift = torch.randint(low, high, (num_images, 2), generator=rng)
-        angle = (2 * torch.rand(num_images, generator=rng) - 1) * self.rotation
-        flip = torch.rand(num_images, generator=rng) < 0.5 * self.flip
+        shift = torch.randint(low, high, (n, 2), generator=rng)
+        angle = (2 * torch.rand(n, generator=rng) - 1) * self.rotation
+        flip = torch.rand(n, generator=rng) < 0.5 * (self.flip == "random")
+        if self.flip == "alternating":
+            first = torch.rand(n, generator=generator("flip", seed)) < 0.5  # of each image
+            flip = first[indices] ^ (epoch % 2 == 0)
         return shift, angle, flip
 
 
-def augment(images: Tensor, shift: Tensor, angle: Tensor, flip: Tensor) -> Tensor:
+def augment(
+    images: Tensor, shift: Tensor, angle: Tensor, flip: Tensor, padding: str = "zeros"
+) -> Tensor:
     """Crop, then rotate, then flip, each image its own way: one gather for the whole batch.
 
-    Equal to torchvision's crop after zero padding, rotate (nearest pixel, zero fill) and
+    Equal to torchvision's crop after padding, rotate (nearest pixel, zero fill) and
     horizontal_flip: every output pixel is traced back through the three to its source.
 
     Args:
@@ -284,6 +303,7 @@ def augment(images: Tensor, shift: Tensor, angle: Tensor, flip: Tensor) -> Tenso
         shift: (N, 2) whole pixels: the crop's first row and column, counted from the image's.
         angle: (N,) degrees, counter-clockwise.
         flip: (N,) bool.
+        padding: what a crop finds outside the image: `zeros`, or `reflect`, its mirror image.
     """
     n, channels, size, _ = images.shape
     center = (size - 1) / 2
@@ -296,7 +316,12 @@ def augment(images: Tensor, shift: Tensor, angle: Tensor, flip: Tensor) -> Tenso
     column = (x * cos - y * sin + center).round().long()
     inside = (row >= 0) & (row < size) & (column >= 0) & (column < size)
     row, column = row + shift[:, 0, None, None], column + shift[:, 1, None, None]
-    inside &= (row >= 0) & (row < size) & (column >= 0) & (column < size)
+    if padding == "reflect":
+        last = size - 1
+        row = (last - (last - row.abs()).abs()).clamp_(0)
+        column = (last - (last - column.abs()).abs()).clamp_(0)
+    else:
+        inside &= (row >= 0) & (row < size) & (column >= 0) & (column < size)
 
     source = (row * size + column) * inside  # pixel 0 stands in for those outside
     source = source.view(n, 1, -1).expand(-1, channels, -1)
@@ -318,10 +343,14 @@ def train_batches(
     Process `rank` gets every `world_size`-th image of each global batch, augmented as it would be
     in one process. The last batch holds what is left over.
     """
-    device = data.train.labels.device
-    order = torch.randperm(len(data.train), generator=generator("order", seed, epoch))
-    for step, indices in enumerate(order.split(batch_size)):
-        draws = augmentation.draw(len(indices), generator("augmentation", seed, epoch, step))
-        draws = (draw[rank::world_size].to(device) for draw in draws)
-        share = data.train[indices[rank::world_size].to(device)]
-        yield data.normalize(augment(share.images, *draws)), share.labels, len(indices)
+    num_images, device = len(data.train), data.train.labels.device
+    order = torch.randperm(num_images, generator=generator("order", seed, epoch))
+    draws = augmentation.draw(order, seed, epoch)
+    # All that an epoch draws goes to the device at once: no step waits for a transfer.
+    order, *draws = (tensor.to(device) for tensor in (order, *draws))
+    for start in range(0, num_images, batch_size):
+        stop = min(start + batch_size, num_images)
+        share = slice(start + rank, stop, world_size)
+        batch = data.train[order[share]]
+        images = augment(batch.images, *(draw[share] for draw in draws), augmentation.padding)
+        yield data.normalize(images), batch.labels, stop - start

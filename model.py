@@ -9,6 +9,10 @@ channel multiplier, convolution, skip and pooling kernels). The named networks, 
 | tpsnet | (13, 13, 13) | 16 |  4,959,770 |
 | model1 | (3, 3, 3)    | 34 |  4,865,580 |
 | model2 | (7, 7, 7)    | 22 |  4,971,680 |
+| fast   | (1, 1, 1)    | 24 |  4,342,042 |
+
+`fast` differs in more than size: its stem is a frozen whitening convolution, and its stages begin
+with pooling instead of a stride.
 
 `model_cost` computes parameters, multiply-accumulates and activation memory of any
 configuration without allocating it. `save_model` and `load_model` write and read one
@@ -23,12 +27,15 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from utils import InputError, atomic_path, check_integer, check_number, first_line
 
 IMAGE_SIZE = 32  # pixels, both sides
 MAX_PARAMS = 5_000_000  # the project's budget
+STEMS = ("conv", "whitening")
+DOWNSAMPLES = ("stride", "pool")
 FILE_FORMAT = "tpsnet-1"  # marks our .safetensors files, with the version of their metadata
 
 
@@ -68,10 +75,10 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A 3x3 stem to `c1` channels, one stage per entry of `num_blocks`, pooling, one linear layer.
+    """A stem to `c1` channels, one stage per entry of `num_blocks`, pooling, one linear layer.
 
-    Stage i (from 0) has `width * c1 * 2**i` channels; the first block of every stage after the
-    first halves the resolution. Maps (N, 3, 32, 32) float images to (N, num_classes) logits.
+    Stage i (from 0) has `width * c1 * 2**i` channels. Maps (N, 3, 32, 32) float images to
+    (N, num_classes) logits.
 
     Args:
         num_blocks: residual blocks in each of 1 to 4 stages.
@@ -82,6 +89,11 @@ class ResNet(nn.Module):
         pool_kernel: window (and stride) of the average pooling, in pixels of the last feature map.
         dropout: probability of zeroing an activation between a block's two convolutions.
         num_classes: length of the logits.
+        stem: `conv`, a 3x3 convolution; or `whitening`, a frozen 2x2 convolution to 24 channels
+            that `set_whitening` fills, so that training need not find out how pixels correlate.
+        downsample: `stride`, the first block of every stage after the first has stride 2; or
+            `pool`, every stage begins with a convolution and 2x2 max pooling, so that no block
+            works at full resolution.
 
     Raises:
         InputError: an argument cannot be built; the message names it.
@@ -97,6 +109,8 @@ class ResNet(nn.Module):
         pool_kernel: int = 8,
         dropout: float = 0.0,
         num_classes: int = 10,
+        stem: str = "conv",
+        downsample: str = "stride",
     ) -> None:
         super().__init__()
         # What the network was built from, kept so that a saved model can explain itself.
@@ -109,20 +123,28 @@ class ResNet(nn.Module):
             "pool_kernel": pool_kernel,
             "dropout": dropout,
             "num_classes": num_classes,
+            "stem": stem,
+            "downsample": downsample,
         }
         check_architecture(**self.architecture)
         conv_kernels = per_stage(conv_kernel, len(num_blocks))
         skip_kernels = per_stage(skip_kernel, len(num_blocks))
 
-        self.conv1 = conv(3, c1, kernel_size=3)
+        if stem == "whitening":
+            self.conv1 = nn.Conv2d(3, c1, kernel_size=2, bias=False).requires_grad_(False)
+        else:
+            self.conv1 = conv(3, c1, kernel_size=3)
         self.bn1 = nn.BatchNorm2d(c1)
         self.relu = nn.ReLU(inplace=True)
         stages, in_channels = [], c1
         for i, depth in enumerate(num_blocks):
             channels = width * c1 * 2**i
             blocks = []
+            if downsample == "pool":
+                blocks.append(PooledConv(in_channels, channels, conv_kernels[i]))
+                in_channels = channels
             for j in range(depth):
-                stride = 2 if i > 0 and j == 0 else 1
+                stride = 2 if downsample == "stride" and i > 0 and j == 0 else 1
                 blocks.append(
                     BasicBlock(
                         in_channels, channels, stride, conv_kernels[i], skip_kernels[i], dropout
@@ -132,15 +154,44 @@ class ResNet(nn.Module):
             stages.append(nn.Sequential(*blocks))
         self.stages = nn.Sequential(*stages)
         self.pool = nn.AvgPool2d(pool_kernel)
-        pooled_size = feature_size(len(num_blocks)) // pool_kernel
+        pooled_size = feature_size(len(num_blocks), stem, downsample) // pool_kernel
         self.linear = nn.Linear(in_channels * pooled_size**2, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, 32, 32) normalised images to (N, num_classes) logits."""
-        x = self.relu(self.bn1(self.conv1(x)))  # (N, c1, 32, 32)
+        x = self.relu(self.bn1(self.conv1(x)))  # (N, c1, 32, 32), of a whitening stem 31x31
         x = self.stages(x)  # (N, width * c1 * 2**(stages - 1), S, S)
         x = self.pool(x).flatten(1)
         return self.linear(x)  # (N, num_classes)
+
+    @torch.no_grad()
+    def set_whitening(self, images: Tensor) -> None:
+        """Fill the frozen stem with the principal components of the images' 2x2 patches.
+
+        12 filters, scaled so that their outputs have unit variance and no correlation, and their
+        negatives, since the ReLU keeps only one sign (Page, "How to train your ResNet", 2019;
+        Jordan, arXiv:2404.00498).
+
+        Args:
+            images: (N, 3, 32, 32) normalised; some thousands are enough.
+        """
+        patches = F.unfold(images, 2).transpose(1, 2).reshape(-1, 12)
+        variances, components = torch.linalg.eigh(patches.T @ patches / len(patches))
+        # The addend, of Jordan's, keeps the faintest components from being blown up to noise.
+        filters = (components / (variances + 5e-4).sqrt()).T.view(12, 3, 2, 2)
+        self.conv1.weight.copy_(torch.cat([filters, -filters]))
+
+
+class PooledConv(nn.Sequential):
+    """conv-max pool-BN-ReLU: (N, in_channels, S, S) to (N, channels, S // 2, S // 2)."""
+
+    def __init__(self, in_channels: int, channels: int, kernel: int) -> None:
+        super().__init__(
+            conv(in_channels, channels, kernel),
+            nn.MaxPool2d(2),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(inplace=True),
+        )
 
 
 def conv(in_channels: int, channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
@@ -153,9 +204,12 @@ def per_stage(kernel: int | tuple[int, ...], num_stages: int) -> tuple[int, ...]
     return (kernel,) * num_stages if isinstance(kernel, int) else tuple(kernel)
 
 
-def feature_size(num_stages: int) -> int:
+def feature_size(num_stages: int, stem: str, downsample: str) -> int:
     """Side of the last stage's feature map, in pixels."""
-    return IMAGE_SIZE // 2 ** (num_stages - 1)
+    halvings = num_stages if downsample == "pool" else num_stages - 1
+    size = IMAGE_SIZE - 1 if stem == "whitening" else IMAGE_SIZE
+    # A stride rounds odd sizes up and pooling rounds them down.
+    return size // 2**halvings if downsample == "pool" else -(-size // 2**halvings)
 
 
 def check_architecture(
@@ -167,6 +221,8 @@ def check_architecture(
     pool_kernel: int,
     dropout: float,
     num_classes: int,
+    stem: str,
+    downsample: str,
 ) -> None:
     """Raise InputError, naming the argument, if `ResNet` cannot be built from these."""
     if not isinstance(num_blocks, tuple | list) or not 1 <= len(num_blocks) <= 4:
@@ -186,7 +242,12 @@ def check_architecture(
             check_integer(name, size, 1, 31)
             if size % 2 == 0:
                 raise InputError(f"{name}: {size} is even; use an odd size such as {size - 1}")
-    size = feature_size(len(num_blocks))
+    for name, value, options in (("stem", stem, STEMS), ("downsample", downsample, DOWNSAMPLES)):
+        if value not in options:
+            raise InputError(f"{name}: {value!r} is not one of {', '.join(options)}")
+    if stem == "whitening" and c1 != 24:
+        raise InputError(f"c1: {c1} with a whitening stem, which has 24 filters; use 24")
+    size = feature_size(len(num_blocks), stem, downsample)
     check_integer("pool_kernel", pool_kernel, 1)
     if pool_kernel > size:
         raise InputError(
@@ -200,7 +261,7 @@ def check_architecture(
 class ModelCost:
     """What one configuration costs."""
 
-    num_params: int  # trainable parameters
+    num_params: int
     macs: int  # multiply-accumulates of one image's forward pass (convolutions and linear)
     activation_bytes: int  # float32 tensors a training step keeps for backward, per image
 
@@ -225,8 +286,8 @@ def model_cost(**architecture: object) -> ModelCost:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of trainable parameters."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    """Number of parameters, those of a frozen stem included."""
+    return sum(p.numel() for p in model.parameters())
 
 
 def saved_bytes(model: nn.Module, batch_size: int) -> int:

@@ -76,6 +76,49 @@ def confusion_matrix(
     save(figure, path)
 
 
+def benchmark(result: dict[str, object], path: str | Path) -> None:
+    """Speed and memory of our loop beside the classical script's, as benchmark.py measured them."""
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    figure.suptitle(
+        f"{result['preset']}: {result['num_params'] / 1e6:.2f}M parameters,"
+        f" {result['macs'] / 1e6:,.0f} M MACs per image; medians, smallest to largest"
+    )
+    speed, memory, scaling = figure.subplots(1, 3, width_ratios=(1.2, 0.7, 1.2))
+    colors, names = (BLUE, ORANGE), result["contestants"]
+
+    shown = {"step": "training\nstep", "epoch": "whole\nepoch", "evaluate": "evaluation"}
+    for i, (name, color) in enumerate(zip(names, colors, strict=True)):
+        rates = np.array([result["images_per_second"][key][i] for key in shown])
+        middle = np.median(rates, axis=1)
+        errors = np.stack([middle - rates.min(axis=1), rates.max(axis=1) - middle])
+        places = np.arange(len(shown)) + 0.38 * (i - 0.5)
+        bars = speed.bar(places, middle, 0.36, yerr=errors, color=color, label=name, capsize=2)
+        speed.bar_label(bars, fmt="%.0f", fontsize=8, padding=2)
+    speed.set_xticks(range(len(shown)), shown.values())
+    speed.set(title=f"images/s at batch {result['batch_size']}")
+    speed.margins(y=0.15)
+    speed.legend(frameon=False, fontsize=8)
+
+    bars = memory.bar(names, [m / 1e9 for m in result["memory_bytes"]], color=colors)
+    memory.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
+    memory.set_xticks(range(2), [name.replace(" ", "\n") for name in names])
+    memory.set(title="peak memory, GB\nabove the bare process")
+
+    sizes = list(result["scaling"])
+    for i, (name, color) in enumerate(zip(names, colors, strict=True)):
+        rates = np.array([result["scaling"][size][i] for size in sizes])
+        scaling.fill_between(sizes, rates.min(axis=1), rates.max(axis=1), color=color, alpha=0.2)
+        scaling.plot(sizes, np.median(rates, axis=1), "o-", color=color, markersize=4, label=name)
+    scaling.set_xscale("log", base=2)
+    scaling.set_xticks(sizes, sizes)
+    scaling.minorticks_off()
+    scaling.set_ylim(bottom=0)
+    scaling.set(title="training step, images/s", xlabel="batch size")
+    for axes in (speed, memory, scaling):
+        axes.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+
+
 def architecture(model: nn.Module, path: str | Path, title: str) -> None:
     """The network as feature maps drawn to scale, from a real `ResNet`, and its two kinds of block.
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import CosineAnnealingLR, CosineAnnealingWarmRestarts, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from tqdm import tqdm
 
 import plots
@@ -33,6 +33,7 @@ from model import MAX_PARAMS, ResNet, check_budget, model_cost, save_model
 from utils import DivergenceError, InputError, Score, check_integer, check_number, first_line
 
 CHECKPOINTS = Path("checkpoints")
+ADAM_BETAS = (0.9, 0.95)
 LOG_INTERVAL = 20  # steps between looks at the running loss: each look waits for the device
 
 
@@ -55,6 +56,10 @@ class Config:
     """Window of the average pooling, in pixels of the last feature map (8x8 for 3 stages)."""
     dropout: float = 0.0
     """Probability of dropping an activation between the two convolutions of a block."""
+    stem: Literal["conv", "whitening"] = "conv"
+    """The first layer: a trained 3x3 convolution, or a frozen 2x2 one that whitens (C1 = 24)."""
+    downsample: Literal["stride", "pool"] = "stride"
+    """Halve the resolution by a stride, or begin every stage with a convolution and max pooling."""
     max_params: int = MAX_PARAMS
     """Refuse a network with more parameters than this."""
 
@@ -68,25 +73,33 @@ class Config:
     val_size: int = 0
     """Training images set aside for validation; 0 trains on all of them."""
     crop_padding: int = 4
-    """Pixels of zero padding on each side before a random 32x32 crop."""
+    """Pixels of padding on each side before a random 32x32 crop."""
+    padding: Literal["zeros", "reflect"] = "zeros"
+    """What the padding holds: black, or the image mirrored at its border."""
     rotation: float = 5.0
     """Random rotation, in degrees either way."""
-    flip: bool = True
-    """Mirror half of the training images."""
+    flip: Literal["none", "random", "alternating"] = "random"
+    """Mirror no image, a random half in each epoch, or one half and the other in turn."""
 
-    # The recipe: SGD on the cross entropy
+    # The recipe
     epochs: int = 300
     """Passes over the training set."""
     batch_size: int = 128
     """Images per step, over all processes together."""
+    optimizer: Literal["sgd", "muon"] = "sgd"
+    """SGD, or Muon for the convolutions and Adam for all else."""
     lr: float = 0.01
-    """Learning rate at the start of the schedule."""
+    """Learning rate of SGD or Muon at the start of the schedule."""
     momentum: float = 0.9
-    """Momentum of SGD."""
+    """Momentum of SGD or Muon."""
     weight_decay: float = 5e-4
-    """L2 penalty of SGD, on all parameters."""
-    schedule: Literal["cosine", "cosine_restarts"] = "cosine"
-    """Learning rate over the epochs: one cosine down to 0, or several with warm restarts."""
+    """L2 penalty on all parameters (sgd only)."""
+    adam_lr: float = 0.005
+    """Learning rate of Adam at the start of the schedule (muon only)."""
+    label_smoothing: float = 0.0
+    """Share of each target spread evenly over all classes."""
+    schedule: Literal["cosine", "cosine_restarts", "linear"] = "cosine"
+    """Learning rate: a cosine to 0, several with warm restarts, both by the epoch; or a line."""
     restart_period: int = 50
     """Epochs from one warm restart to the next (cosine_restarts only)."""
 
@@ -97,6 +110,10 @@ class Config:
     """Decides the initial weights, the order of the images, the augmentation and the dropout."""
     resume: bool = False
     """Go on with the run in checkpoints/NAME from its last whole epoch."""
+    bfloat16: bool = True
+    """Compute in bfloat16 where the device is faster at it; weights and loss stay float32."""
+    compile: bool = False
+    """Run the network through torch.compile: a minute's wait, then faster steps on a GPU."""
     limit_steps: int = 0
     """Stop every epoch after this many steps, to rehearse a run; 0 for no limit."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
@@ -113,6 +130,8 @@ class Config:
             "pool_kernel": self.pool_kernel,
             "dropout": self.dropout,
             "num_classes": 10,  # of CIFAR-10 and of the digits
+            "stem": self.stem,
+            "downsample": self.downsample,
         }
 
 
@@ -120,13 +139,33 @@ PRESETS = {
     "tpsnet": Config(),
     "model1": Config(name="model1", num_blocks=(3, 3, 3), c1=34),
     "model2": Config(name="model2", num_blocks=(7, 7, 7), c1=22),
+    "fast": Config(
+        name="fast",
+        num_blocks=(1, 1, 1),
+        c1=24,
+        width=4,
+        stem="whitening",
+        downsample="pool",
+        pool_kernel=3,
+        crop_padding=2,
+        padding="reflect",
+        rotation=0.0,
+        flip="alternating",
+        epochs=20,
+        batch_size=1000,
+        optimizer="muon",
+        lr=0.15,
+        momentum=0.6,
+        label_smoothing=0.2,
+        schedule="linear",
+    ),
     "demo": Config(
         name="demo",
         num_blocks=(1, 1, 1),
         c1=8,
         dataset="digits",
         crop_padding=0,  # a digit fills its image: a crop would cut strokes off
-        flip=False,  # a mirrored digit is another sign
+        flip="none",  # a mirrored digit is another sign
         epochs=15,
         batch_size=64,
         lr=0.1,
@@ -154,17 +193,16 @@ def train(config: Config) -> Score:
     check_batches(config, len(data.train), world_size)
     data = data.to(device)
 
-    torch.manual_seed(config.seed)
-    model = ResNet(**config.architecture()).to(device)
+    model = make_model(config, data, device)
     parallel = DistributedDataParallel(model) if world_size > 1 else model
-    optimizer = torch.optim.SGD(
-        model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
-    )
-    scheduler = make_scheduler(optimizer, config)
+    autocast = make_autocast(config, device)
+    criterion = nn.CrossEntropyLoss(reduction="sum", label_smoothing=config.label_smoothing)
+    optimizers = make_optimizers(model, config)
     steps = math.ceil(len(data.train) / config.batch_size)
     steps = min(steps, config.limit_steps or steps)  # of an epoch
     num_images = min(steps * config.batch_size, len(data.train))  # seen in an epoch
-    augmentation = Augmentation(config.crop_padding, config.rotation, config.flip)
+    schedulers = [make_scheduler(optimizer, config, steps) for optimizer in optimizers]
+    augmentation = Augmentation(config.crop_padding, config.padding, config.rotation, config.flip)
 
     def batches(epoch: int) -> Iterable[tuple[Tensor, Tensor, int]]:
         order = (config.batch_size, config.seed, epoch)
@@ -172,7 +210,7 @@ def train(config: Config) -> Score:
 
     log, wandb_id = [], None  # log: one row per finished epoch
     if state:
-        restore(state, folder, model=model, optimizer=optimizer, scheduler=scheduler)
+        restore(state, folder, model, optimizers, schedulers)
         log, wandb_id = state["log"], state["wandb_id"]
     if is_main:
         utils.write_json(folder / "config.json", asdict(config))
@@ -180,20 +218,21 @@ def train(config: Config) -> Score:
         wandb = utils.WandbRun(config.wandb, folder, asdict(config), wandb_id)
         if device.type == "cpu" and len(log) < config.epochs:
             images, labels, _ = next(iter(batches(len(log) + 1)))
-            seconds = estimate_step(model, images, labels) * steps * (config.epochs - len(log))
+            with autocast:
+                seconds = estimate_step(model, images, labels)
+            seconds *= steps * (config.epochs - len(log))
             print(f"estimated time on this CPU: {utils.duration(seconds)}", flush=True)
 
     for epoch in range(len(log) + 1, config.epochs + 1):
         start = time.perf_counter()
-        lr = scheduler.get_last_lr()[0]
+        lr = schedulers[0].get_last_lr()[0]
         # Reseeded every epoch, so that dropout, like the batches, needs no saved state.
         torch.manual_seed(utils.derive_seed("dropout", config.seed, epoch, rank))
         model.train()
         with progress_bar(config, epoch, num_images, is_main) as bar:
             train_loss, train_accuracy = train_one_epoch(
-                parallel, optimizer, batches(epoch), epoch, bar
+                parallel, criterion, optimizers, schedulers, batches(epoch), autocast, epoch, bar
             )
-        scheduler.step()
         utils.share_buffers(model)
         val = None
         if len(data.val):
@@ -218,8 +257,8 @@ def train(config: Config) -> Score:
                 {
                     "config": asdict(config),
                     "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "scheduler": scheduler.state_dict(),
+                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                    "schedulers": [scheduler.state_dict() for scheduler in schedulers],
                     "log": log,
                     "wandb_id": wandb.id,
                 },
@@ -241,8 +280,11 @@ def train(config: Config) -> Score:
 
 def train_one_epoch(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    criterion: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    schedulers: list[LRScheduler],
     batches: Iterable[tuple[Tensor, Tensor, int]],
+    autocast: torch.autocast,
     epoch: int,
     bar: tqdm,
 ) -> tuple[float, float]:
@@ -251,41 +293,88 @@ def train_one_epoch(
     Raises:
         DivergenceError: the loss is not finite.
     """
-    totals = 0  # loss, correct and seen, summed on the device and read now and then
+    totals, seen = 0, 0  # totals: loss and correct, summed on the device and read now and then
     for step, (images, labels, batch_size) in enumerate(batches, start=1):
-        logits = model(images)
-        loss = F.cross_entropy(logits, labels, reduction="sum")
+        with autocast:
+            logits = model(images).float()
+        loss = criterion(logits, labels)
         # DDP averages the gradients over the processes. Scaled like this, their mean is that of
         # the mean loss over the global batch, even where its images do not share out evenly.
-        optimizer.zero_grad()
+        model.zero_grad()
         (loss * utils.num_processes() / batch_size).backward()
-        optimizer.step()
+        for part in (*optimizers, *schedulers):
+            part.step()
 
-        correct = (logits.detach().argmax(1) == labels).sum()
-        totals = totals + torch.stack([loss.detach(), correct, loss.new_tensor(len(labels))])
+        correct = (logits.argmax(1) == labels).sum()
+        totals, seen = totals + torch.stack([loss.detach(), correct]), seen + batch_size
         bar.update(batch_size)
         if step % LOG_INTERVAL == 0:
-            mean_loss, accuracy = mean_metrics(totals, optimizer, f"epoch {epoch}, step {step}")
+            mean_loss, accuracy = mean_metrics(
+                totals, seen, optimizers, f"epoch {epoch}, step {step}"
+            )
             bar.set_postfix_str(f"loss={mean_loss:.3f}, acc={accuracy:.1f}%")
-    return mean_metrics(totals, optimizer, f"epoch {epoch}, step {step}")
+    return mean_metrics(totals, seen, optimizers, f"epoch {epoch}, step {step}")
 
 
 def mean_metrics(
-    totals: Tensor, optimizer: torch.optim.Optimizer, where: str
+    totals: Tensor, seen: int, optimizers: list[torch.optim.Optimizer], where: str
 ) -> tuple[float, float]:
     """Mean loss and accuracy in percent so far, over all processes, from their summed totals."""
-    loss, correct, seen = utils.sum_over_processes(totals.clone()).tolist()
+    loss, correct = utils.sum_over_processes(totals.clone()).tolist()
     if not math.isfinite(loss):
-        lr = optimizer.param_groups[0]["lr"]
+        lr = optimizers[0].param_groups[0]["lr"]
         raise DivergenceError(f"{where}: the loss is {loss / seen} at lr {lr:g}; try a lower --lr")
     return loss / seen, 100 * correct / seen
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer, config: Config) -> LRScheduler:
-    """The learning rate of every epoch (Loshchilov & Hutter, SGDR, arXiv:1608.03983)."""
-    if config.schedule == "cosine_restarts":
-        return CosineAnnealingWarmRestarts(optimizer, T_0=config.restart_period)
-    return CosineAnnealingLR(optimizer, T_max=config.epochs)
+def make_model(config: Config, data: Dataset, device: torch.device) -> ResNet:
+    """The network with its initial weights, as the seed has them."""
+    torch.manual_seed(config.seed)
+    model = ResNet(**config.architecture()).to(device, memory_format=torch.channels_last)
+    if config.stem == "whitening":
+        model.set_whitening(data.normalize(data.train.images[:5000]))
+    if config.compile:  # with CUDA graphs on a GPU, where launching the kernels takes time
+        model.compile(mode="reduce-overhead" if device.type == "cuda" else "default")
+    return model
+
+
+def make_autocast(config: Config, device: torch.device) -> torch.autocast:
+    """bfloat16 for the matrix products, where it is wanted and the device is faster at it."""
+    enabled = config.bfloat16 and utils.has_bfloat16(device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def make_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
+    """SGD for all parameters; or Muon for the convolutions' and Adam for the rest."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if config.optimizer == "sgd":
+        return [
+            torch.optim.SGD(
+                parameters, config.lr, config.momentum, weight_decay=config.weight_decay, fused=True
+            )
+        ]
+    filters = [p for p in parameters if p.ndim == 4]
+    others = [p for p in parameters if p.ndim < 4]  # of batch normalisation and the linear layer
+    return [
+        utils.Muon(filters, config.lr, config.momentum),
+        torch.optim.Adam(others, config.adam_lr, ADAM_BETAS, fused=True),
+    ]
+
+
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, config: Config, steps_per_epoch: int
+) -> LRScheduler:
+    """The learning rate of every step, as a share of that at the start."""
+
+    def factor(step: int) -> float:
+        epoch = step / steps_per_epoch
+        if config.schedule == "linear":
+            return 1 - epoch / config.epochs
+        # SGDR (Loshchilov & Hutter, arXiv:1608.03983), by whole epochs as the paper has it.
+        period = config.epochs if config.schedule == "cosine" else config.restart_period
+        return (1 + math.cos(math.pi * (int(epoch) % period) / period)) / 2
+
+    return LambdaLR(optimizer, factor)
 
 
 # ---------------------------------------------------------------- checks, before any work
@@ -311,12 +400,14 @@ def check_config(config: Config) -> None:
     check_integer("seed", config.seed, 0, 2**32 - 1)
     check_integer("crop_padding", config.crop_padding, 0, 32)
     check_number("lr", config.lr, 0, 1000)
+    check_number("adam_lr", config.adam_lr, 0, 1000)
+    check_number("label_smoothing", config.label_smoothing, 0, 1)
     check_number("momentum", config.momentum, 0, 1)
     check_number("weight_decay", config.weight_decay, 0, 1)
     check_number("rotation", config.rotation, 0, 180)
-    if config.dataset == "digits" and (config.flip or config.crop_padding):
+    if config.dataset == "digits" and (config.flip != "none" or config.crop_padding):
         raise InputError(
-            "flip, crop_padding: they change what a digit means; add --no-flip --crop-padding 0,"
+            "flip, crop_padding: they change what a digit means; add --flip none --crop-padding 0,"
             " or start from the demo preset"
         )
     check_budget(config.max_params, **config.architecture())
@@ -351,12 +442,12 @@ def load_run(config: Config, folder: Path) -> dict[str, object] | None:
             )
         return None
     state = utils.load_state(folder / "last.pt")
-    if missing := {"config", "model", "optimizer", "scheduler", "log", "wandb_id"} - set(state):
+    if missing := {"config", "model", "optimizers", "schedulers", "log", "wandb_id"} - set(state):
         raise InputError(
             f"resume: {folder / 'last.pt'} lacks {', '.join(sorted(missing))}; restore a copy of"
             " the file, or train under another --name"
         )
-    free = {"name", "data_dir", "download", "max_params", "resume", "wandb"}
+    free = {"name", "data_dir", "download", "max_params", "resume", "compile", "wandb"}
     for field in fields(config):
         old, new = state["config"].get(field.name), getattr(config, field.name)
         if old != new and field.name not in free:
@@ -367,15 +458,24 @@ def load_run(config: Config, folder: Path) -> dict[str, object] | None:
     return state
 
 
-def restore(state: dict[str, object], folder: Path, **parts: object) -> None:
-    """Load each part of a training state: model, optimizer and scheduler.
+def restore(
+    state: dict[str, object],
+    folder: Path,
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    schedulers: list[LRScheduler],
+) -> None:
+    """Load a training state into the parts it was taken from.
 
     Raises:
         InputError: one does not fit.
     """
-    for name, part in parts.items():
+    parts = {"model": [model], "optimizers": optimizers, "schedulers": schedulers}
+    for name, targets in parts.items():
+        states = [state[name]] if name == "model" else state[name]
         try:
-            part.load_state_dict(state[name])
+            for target, saved in zip(targets, states, strict=True):
+                target.load_state_dict(saved)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(
                 f"resume: the {name} in {folder / 'last.pt'} does not fit ({first_line(error)});"

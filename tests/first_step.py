@@ -25,11 +25,15 @@ for batch_size in map(int, sys.argv[1:]):  # an odd one shares out unevenly
     torch.manual_seed(0)
     model = ResNet(**train.PRESETS["demo"].architecture()).to(device).eval()
     parallel = DistributedDataParallel(model) if world_size > 1 else model
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    augmentation = Augmentation(0, 5.0, False)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1)]
+    criterion = torch.nn.CrossEntropyLoss(reduction="sum")
+    float32 = torch.autocast(device.type, enabled=False)
+    augmentation = Augmentation(0, "zeros", 5.0, "none")
     batches = train_batches(digits, augmentation, batch_size, 0, 1, rank, world_size)
     one = itertools.islice(batches, 1)
-    loss, accuracy = train.train_one_epoch(parallel, optimizer, one, 1, tqdm(disable=True))
+    loss, accuracy = train.train_one_epoch(
+        parallel, criterion, optimizers, [], one, float32, 1, tqdm(disable=True)
+    )
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
     weights = torch.cat([p.detach().flatten() for p in model.parameters()])
     if rank == 0:

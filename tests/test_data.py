@@ -24,13 +24,15 @@ def images():
 
 @pytest.mark.parametrize("rotation", [0, 5, 180])
 @pytest.mark.parametrize("padding", [0, 4])
-@pytest.mark.parametrize("flip", [False, True])
-def test_augment_is_torchvisions_crop_rotate_flip(images, rotation, padding, flip):
-    draws = Augmentation(padding, rotation, flip).draw(len(images), generator(1))
-    ours = augment(images, *draws)
+@pytest.mark.parametrize("mode", ["zeros", "reflect"])
+@pytest.mark.parametrize("flip", ["none", "random"])
+def test_augment_is_torchvisions_crop_rotate_flip(images, rotation, padding, mode, flip):
+    draws = Augmentation(padding, mode, rotation, flip).draw(torch.arange(len(images)), 1, 1)
+    ours = augment(images, *draws, mode)
+    torchvision_mode = {"zeros": "constant", "reflect": "reflect"}[mode]
     differing = 0
     for image, (dy, dx), angle, mirrored, result in zip(images, *draws, ours, strict=True):
-        expected = reference.pad(image, padding)
+        expected = reference.pad(image, padding, padding_mode=torchvision_mode)
         expected = reference.crop(expected, int(dy) + padding, int(dx) + padding, 32, 32)
         expected = reference.rotate(expected, float(angle))
         if mirrored:
@@ -43,17 +45,34 @@ def test_augment_is_torchvisions_crop_rotate_flip(images, rotation, padding, fli
 
 
 def test_augmentation_is_drawn_per_image_over_its_whole_range():
-    shift, angle, flip = Augmentation(4, 5.0, True).draw(4000, generator(0))
+    indices = torch.arange(4000)
+    shift, angle, flip = Augmentation(4, "zeros", 5.0, "random").draw(indices, 0, 1)
     assert sorted(set(shift.flatten().tolist())) == list(range(-4, 5))
     assert -5 <= angle.min() < -4.9
     assert 4.9 < angle.max() <= 5
     assert 0.45 < flip.float().mean() < 0.55
     # rows and columns move independently of each other, and of the angle
     assert abs(np.corrcoef([*shift.T.numpy(), angle.numpy()])[np.triu_indices(3, 1)]).max() < 0.06
-    shift, angle, flip = Augmentation(0, 0.0, False).draw(100, generator(0))
+    shift, angle, flip = Augmentation(0, "zeros", 0.0, "none").draw(indices, 0, 1)
     assert not shift.any()
     assert not angle.any()
     assert not flip.any()
+
+
+def test_alternating_flips_show_every_image_both_ways_in_two_epochs():
+    augmentation = Augmentation(0, "zeros", 0.0, "alternating")
+    orders = [torch.randperm(1000, generator=generator("order", epoch)) for epoch in range(1, 5)]
+    flips = []
+    for epoch, order in enumerate(orders, start=1):
+        by_image = torch.empty(1000, dtype=torch.bool)
+        by_image[order] = augmentation.draw(order, 7, epoch)[2]
+        flips.append(by_image)
+    assert 400 < flips[0].sum() < 600
+    assert torch.equal(flips[1], ~flips[0])
+    assert torch.equal(flips[2], flips[0])
+    assert torch.equal(flips[3], flips[1])
+    other_seed = augmentation.draw(torch.arange(1000), 8, 1)[2]
+    assert not torch.equal(other_seed, flips[0])
 
 
 # ---------------------------------------------------------------- batches
@@ -68,7 +87,7 @@ def labelled_by_position(num_images):
 
 
 def test_an_epoch_visits_every_image_once_in_an_order_of_its_own():
-    toy, plain = labelled_by_position(100), Augmentation(0, 0.0, False)
+    toy, plain = labelled_by_position(100), Augmentation(0, "zeros", 0.0, "none")
     orders = []
     for seed, epoch in ((0, 1), (0, 2), (1, 1)):
         batches = list(train_batches(toy, plain, 32, seed, epoch))
@@ -83,7 +102,7 @@ def test_an_epoch_visits_every_image_once_in_an_order_of_its_own():
 
 
 def test_batches_are_a_pure_function_of_seed_epoch_and_step():
-    digits, strong = load_dataset("digits"), Augmentation(4, 30.0, True)
+    digits, strong = load_dataset("digits"), Augmentation(4, "zeros", 30.0, "random")
     first = list(train_batches(digits, strong, 500, seed=3, epoch=7))
     torch.manual_seed(123)
     again = list(train_batches(digits, strong, 500, seed=3, epoch=7))
@@ -94,23 +113,22 @@ def test_batches_are_a_pure_function_of_seed_epoch_and_step():
     assert not torch.equal(first[0][0], other[0])
 
 
-def test_every_batch_is_augmented_by_draws_of_its_own(monkeypatch):
-    draw, seeds = Augmentation.draw, []
-
-    def recorded(self, num_images, rng):
-        seeds.append(rng.initial_seed())
-        return draw(self, num_images, rng)
-
-    monkeypatch.setattr(Augmentation, "draw", recorded)
+def test_every_image_is_augmented_by_draws_of_its_own():
+    """One picture, a hundred times: in no batch, epoch or seed is it augmented as in another."""
+    picture = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8, generator=generator(0))
     toy = labelled_by_position(100)
+    toy = replace(toy, train=replace(toy.train, images=picture.expand(100, -1, -1, -1)))
+    strong = Augmentation(4, "zeros", 180.0, "random")
+    views = set()
     for seed in range(3):
         for epoch in range(4):
-            assert len(list(train_batches(toy, Augmentation(4, 5.0, True), 25, seed, epoch))) == 4
-    assert len(set(seeds)) == len(seeds) == 3 * 4 * 4
+            for images, _, _ in train_batches(toy, strong, 25, seed, epoch):
+                views |= {image.numpy().tobytes() for image in images}
+    assert len(views) > 0.99 * 3 * 4 * 100
 
 
 def test_processes_share_each_global_batch_as_one_process_augments_it():
-    digits, strong = load_dataset("digits"), Augmentation(4, 30.0, True)
+    digits, strong = load_dataset("digits"), Augmentation(4, "zeros", 30.0, "random")
     whole = train_batches(digits, strong, 101, seed=0, epoch=1)
     shares = [train_batches(digits, strong, 101, 0, 1, rank, 3) for rank in range(3)]
     for (images, labels, size), *parts in zip(whole, *shares, strict=True):

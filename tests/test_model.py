@@ -7,6 +7,7 @@ import safetensors.torch
 import torch
 from conftest import Bomb
 from torch import nn
+from torch.nn import functional as F
 
 import model
 from model import ResNet, check_budget, load_model, model_cost, save_model
@@ -35,12 +36,15 @@ def test_named_networks_have_the_sizes_in_the_docstring():
         "tpsnet": 4_959_770,
         "model1": 4_865_580,
         "model2": 4_971_680,
+        "fast": 4_342_042,
     }
     for name, num_blocks, c1, size in rows:
-        network = ResNet(num_blocks=num_blocks, c1=c1)
-        assert sum(p.numel() for p in network.parameters()) == size
-        assert PRESETS[name].architecture() == network.architecture
-        assert model_cost(**network.architecture).num_params == size
+        architecture = PRESETS[name].architecture()
+        assert (architecture["num_blocks"], architecture["c1"]) == (num_blocks, c1)
+        if name != "fast":  # the paper's networks differ in nothing else
+            assert architecture == ResNet(num_blocks=num_blocks, c1=c1).architecture
+        assert sum(p.numel() for p in ResNet(**architecture).parameters()) == size
+        assert model_cost(**architecture).num_params == size
 
 
 @pytest.mark.parametrize(
@@ -57,6 +61,8 @@ def test_named_networks_have_the_sizes_in_the_docstring():
         {"skip_kernel": (1, 3, 5)},
         {"pool_kernel": 4},
         {"num_classes": 7},
+        {"downsample": "pool", "pool_kernel": 4},
+        {"c1": 24, "stem": "whitening"},
     ],
     ids=str,
 )
@@ -109,6 +115,34 @@ def test_block_is_its_formula():
     branch = block.bn2(block.conv2(block.bn1(block.conv1(x)).relu()))
     skip = block.shortcut[1](block.shortcut[0](x))
     torch.testing.assert_close(block(x), (branch + skip).relu())
+
+
+def test_whitening_stem_is_frozen_and_whitens():
+    """On smooth images, whose neighbouring pixels are all but equal."""
+    network = ResNet(num_blocks=(1,), c1=24, stem="whitening")
+    noise = torch.randn(100, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    images = F.interpolate(noise, size=(32, 32), mode="bicubic")
+    network.set_whitening(images)
+    out = network.conv1(images)  # (100, 24, 31, 31)
+    torch.testing.assert_close(out[:, 12:], -out[:, :12])
+    flat = out[:, :12].transpose(0, 1).flatten(1)
+    torch.testing.assert_close(flat @ flat.T / flat.shape[1], torch.eye(12), atol=0.02, rtol=0)
+    network(images).sum().backward()
+    assert network.conv1.weight.grad is None
+    assert network.bn1.weight.grad is not None
+
+
+def test_pooled_stages_halve_before_their_blocks():
+    network = ResNet(**SMALL, downsample="pool", pool_kernel=4).eval()
+    x = torch.randn(2, 3, 32, 32)
+    shapes = []
+    for stage in network.stages:
+        stage[1].register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+    network(x)
+    assert shapes == [(2, 8, 16, 16), (2, 16, 8, 8), (2, 32, 4, 4)]
+    first = network.stages[0][0]
+    expected = F.max_pool2d(F.conv2d(x := torch.randn(2, 4, 8, 8), first[0].weight, padding=1), 2)
+    torch.testing.assert_close(first(x), (expected / (1 + 1e-5) ** 0.5).relu())
 
 
 def test_cost_by_hand():

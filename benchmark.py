@@ -1,0 +1,441 @@
+"""Speed and memory of our training loop beside the classical script's, in one run.
+
+    python benchmark.py              # tpsnet at its batch size; also draws images/benchmark.png
+    python benchmark.py fast --json fast.json
+
+The classical script is what such repositories do: torchvision transforms on PIL images in
+DataLoader workers, float32 in the default memory format, `loss.item()` in every step. Both train
+the same network on the same noise, each in a process of its own, taking turns; a figure is the
+median of the rounds, with the smallest and the largest behind it. No data set is needed.
+"""
+
+import itertools
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import plots
+import train
+import utils
+from data import FACTS, Augmentation, Dataset, Split, train_batches
+from model import ResNet, model_cost
+from train import PRESETS, Config
+from utils import InputError
+
+ROUNDS = 5
+BATCH_SIZES = (32, 64, 128, 256, 512, 1024)
+SECONDS = 3.0  # that one measurement takes: as many steps as fit, at least one
+NUM_WORKERS = 2  # of the classical DataLoader, as in PyTorch's CIFAR-10 tutorial
+EVAL_IMAGES = 500
+MEASUREMENTS = {
+    "data": "data pipeline",
+    "step": "training step",
+    "epoch": "whole epoch",
+    "evaluate": "evaluation",
+}
+
+
+def noise(num_images: int) -> Dataset:
+    """CIFAR-10's training set in shape, in noise; speed does not depend on what is shown."""
+    rng = utils.generator("benchmark")
+    images = torch.randint(0, 256, (num_images, 3, 32, 32), dtype=torch.uint8, generator=rng)
+    split = Split(images, torch.randint(0, 10, (num_images,), generator=rng))
+    names, mean, std = FACTS["cifar10"]
+    return Dataset("noise", tuple(names), mean, std, split, split[:0], split[:EVAL_IMAGES], "")
+
+
+# ---------------------------------------------------------------- the two contestants
+
+
+class Ours:
+    """The parts of train.py, put together as `train.train` does."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.device, _, _ = utils.init_processes()
+        self.data = noise(50_000).to(self.device)
+        self.model = train.make_model(config, self.data, self.device)
+        self.autocast = train.make_autocast(config, self.device)
+        self.criterion = nn.CrossEntropyLoss(
+            reduction="sum", label_smoothing=config.label_smoothing
+        )
+        self.optimizers = train.make_optimizers(self.model, config)
+        self.augmentation = Augmentation(
+            config.crop_padding, config.padding, config.rotation, config.flip
+        )
+        self.fixed = {}
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """Augmented batches without end."""
+        for epoch in itertools.count(1):
+            for batch in train_batches(self.data, self.augmentation, batch_size, 0, epoch):
+                if batch[2] == batch_size:
+                    yield batch
+
+    def same_batch(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """One batch again and again: the step without the data."""
+        if batch_size not in self.fixed:
+            self.fixed = {batch_size: next(self.batches(batch_size))}
+        return itertools.repeat(self.fixed[batch_size])
+
+    def steps(self, batches: Iterator, num_steps: int) -> None:
+        """Train for so many steps."""
+        self.model.train()
+        bar = tqdm(disable=True)
+        some = itertools.islice(batches, num_steps)
+        train.train_one_epoch(
+            self.model, self.criterion, self.optimizers, [], some, self.autocast, 1, bar
+        )
+
+    def evaluate(self) -> None:
+        """Classify the test images."""
+        utils.evaluate(self.model, self.data.test.images, self.data.normalize)
+
+
+class Classical:
+    """The loop of a hundred repositories, on the same network."""
+
+    def __init__(self, config: Config) -> None:
+        from torchvision import transforms
+
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.data = noise(50_000)
+        self.pixels = self.data.train.images.permute(0, 2, 3, 1).contiguous().numpy()
+        self.data = replace(self.data, train=self.data.train[: max(BATCH_SIZES)])
+        self.model = ResNet(**config.architecture()).to(self.device)
+        if config.stem == "whitening":
+            self.model.set_whitening(self.data.normalize(self.data.train.images[:100]))
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.SGD(parameters, 0.01, 0.9, weight_decay=5e-4)
+        self.criterion = nn.CrossEntropyLoss()
+        normalize = [transforms.ToTensor(), transforms.Normalize(self.data.mean, self.data.std)]
+        self.train_transform = transforms.Compose(
+            [
+                transforms.RandomCrop(32, padding=config.crop_padding),
+                *([transforms.RandomRotation(config.rotation)] if config.rotation else []),
+                transforms.RandomHorizontalFlip(),
+                *normalize,
+            ]
+        )
+        self.test_transform = transforms.Compose(normalize)
+        self.fixed = {}
+
+    def loader(self, num_images: int, transform: Callable, **options: object) -> Iterable:
+        """A DataLoader with worker processes, of the first images."""
+        dataset = PILDataset(self.pixels[:num_images], [0] * num_images, transform)
+        pin = self.device.type == "cuda"
+        return torch.utils.data.DataLoader(
+            dataset, num_workers=NUM_WORKERS, pin_memory=pin, **options
+        )
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Augmented batches without end."""
+        options = {"batch_size": batch_size, "shuffle": True, "drop_last": True}
+        loader = self.loader(len(self.pixels), self.train_transform, **options)
+        while True:
+            yield from loader
+
+    def same_batch(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """One batch again and again: the step without the data."""
+        if batch_size not in self.fixed:
+            images = self.data.normalize(self.data.train.images[:batch_size])
+            self.fixed = {batch_size: (images, self.data.train.labels[:batch_size])}
+        return itertools.repeat(self.fixed[batch_size])
+
+    def steps(self, batches: Iterator, num_steps: int) -> None:
+        """Train for so many steps."""
+        self.model.train()
+        running_loss = correct = 0
+        for images, labels in itertools.islice(batches, num_steps):
+            images, labels = images.to(self.device), labels.to(self.device)
+            self.optimizer.zero_grad()
+            logits = self.model(images)
+            loss = self.criterion(logits, labels)
+            loss.backward()
+            self.optimizer.step()
+            running_loss += loss.item()
+            correct += (logits.argmax(1) == labels).sum().item()
+
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        """Classify the test images."""
+        self.model.eval()
+        correct = 0
+        for images, labels in self.loader(EVAL_IMAGES, self.test_transform, batch_size=100):
+            images, labels = images.to(self.device), labels.to(self.device)
+            correct += (self.model(images).argmax(1) == labels).sum().item()
+
+
+class PILDataset(torch.utils.data.Dataset):
+    """As torchvision.datasets.CIFAR10: an array, made a PIL image each time one is asked for."""
+
+    def __init__(self, pixels: object, labels: list[int], transform: Callable) -> None:
+        self.pixels, self.labels, self.transform = pixels, labels, transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        from PIL import Image
+
+        return self.transform(Image.fromarray(self.pixels[index])), self.labels[index]
+
+
+# ---------------------------------------------------------------- measuring, in a process each
+
+
+def serve(kind: type, config: Config, connection: Connection) -> None:
+    """Answer the parent's requests, each (method, arguments), until it sends None."""
+    bare = memory_peak()
+    contestant, streams = kind(config), {}
+    device = contestant.device
+
+    def timed(action: Callable[[], None]) -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        action()
+        synchronize(device)
+        return time.perf_counter() - start
+
+    def step(batch_size: int, num_steps: int) -> float:
+        return timed(lambda: contestant.steps(contestant.same_batch(batch_size), num_steps))
+
+    def stream(batch_size: int) -> Iterator:
+        if batch_size not in streams:
+            streams[batch_size] = contestant.batches(batch_size)
+            next(streams[batch_size])  # workers start, the first batch is drawn
+        return streams[batch_size]
+
+    def epoch(batch_size: int, num_steps: int) -> float:
+        batches = stream(batch_size)
+        return timed(lambda: contestant.steps(batches, num_steps))
+
+    def data(batch_size: int, num_steps: int) -> float:
+        batches = stream(batch_size)
+        return timed(lambda: [next(batches) for _ in range(num_steps)])
+
+    def evaluate(_: int, times: int) -> float:
+        return timed(lambda: [contestant.evaluate() for _ in range(times)])
+
+    def threads(number: int) -> None:
+        torch.set_num_threads(number)
+
+    def memory() -> float:
+        return memory_peak() - bare
+
+    requests = {f.__name__: f for f in (step, epoch, data, evaluate, threads, memory)}
+    while (request := connection.recv()) is not None:
+        name, arguments = request
+        connection.send(requests[name](*arguments))
+
+
+def memory_peak() -> int:
+    """Peak bytes of this process: of the GPU's memory where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+class Worker:
+    """A contestant in a process of its own; its methods are those of `serve`."""
+
+    def __init__(self, kind: type, config: Config) -> None:
+        context = multiprocessing.get_context("spawn")  # a fork would share our memory's peak
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(kind, config, theirs))
+        self.process.start()
+        theirs.close()
+
+    def __call__(self, name: str, *arguments: int) -> float:
+        """Ask for a measurement."""
+        self.connection.send((name, arguments))
+        try:
+            return self.connection.recv()
+        except EOFError:
+            raise InputError(
+                "benchmark: a contestant died, out of memory perhaps; try a smaller --batch-size"
+            ) from None
+
+    def stop(self) -> None:
+        """End the process."""
+        self.connection.send(None)
+        self.process.join()
+
+
+# ---------------------------------------------------------------- the report
+
+
+def benchmark(
+    preset: str = "tpsnet", /, batch_size: int = 0, compile: bool = False, json: str = ""
+) -> dict[str, object]:
+    """Compare train.py's loop with the classical script's, on one preset's network.
+
+    Args:
+        preset: A preset of train.py.
+        batch_size: Images per step; 0 for the preset's.
+        compile: Run our network through torch.compile.
+        json: Also write the result to this file.
+
+    Returns:
+        What --json writes.
+
+    Raises:
+        InputError: an argument is wrong.
+    """
+    if preset not in PRESETS:
+        raise InputError(f"preset: {preset!r} is not one of {', '.join(PRESETS)}")
+    utils.check_integer("batch_size", batch_size, 0, 50_000)
+    config = replace(PRESETS[preset], compile=compile)
+    batch_size = batch_size or config.batch_size
+    device, _, _ = utils.init_processes()
+    dtype = torch.bfloat16 if config.bfloat16 and utils.has_bfloat16(device) else torch.float32
+    cost = model_cost(**config.architecture())
+    workers = [Worker(kind, config) for kind in (Ours, Classical)]
+    print(machine(device))
+    print(
+        f"{preset}: {cost.num_params:,} parameters, {cost.macs / 1e6:,.1f} M MACs per image;"
+        f" batch {batch_size}; ours in {str(dtype).removeprefix('torch.')}\n"
+    )
+    print_row("", "ours", "classical script", "ratio")
+
+    try:
+        peaks = [matmul_peak(dtype, device), matmul_peak(torch.float32, device)]  # FLOP/s
+        rates = {}  # images/s, by measurement, of both, in each round
+        for name, label in MEASUREMENTS.items():
+            rates[name] = compare(workers, name, batch_size)
+            print_rates(f"{label}, images/s", rates[name])
+            if name == "epoch":
+                memory = [worker("memory") for worker in workers]
+        print_row("peak memory, MB", *(f"{m / 1e6:,.0f}" for m in memory), memory[0] / memory[1])
+        medians = {k: [statistics.median(rate) for rate in v] for k, v in rates.items()}
+        pipeline = [100 * e / d for e, d in zip(medians["epoch"], medians["data"], strict=True)]
+        print_row("data share of an epoch, %", *(f"{share:.1f}" for share in pipeline))
+        flops = [6 * cost.macs * rate for rate in medians["epoch"]]  # forward and backward
+        shares = [100 * f / peak for f, peak in zip(flops, peaks, strict=True)]
+        print_row("share of matmul peak, %", *(f"{share:.0f}" for share in shares))
+        print(
+            f"matmul peak: {peaks[0] / 1e9:,.0f} GFLOP/s in {str(dtype).removeprefix('torch.')},"
+            f" {peaks[1] / 1e9:,.0f} in float32\n"
+        )
+
+        scaling = {}
+        for size in BATCH_SIZES:
+            if size * cost.activation_bytes < memory_limit(device):
+                scaling[size] = compare(workers, "step", size, rounds=3)
+                print_rates(f"step at batch {size}, images/s", scaling[size])
+        threads = {}
+        for number in {1, torch.get_num_threads()} if device.type == "cpu" else ():
+            for worker in workers:
+                worker("threads", number)
+            threads[number] = compare(workers, "step", batch_size, rounds=3)
+            print_rates(f"step on {number} threads, images/s", threads[number])
+    finally:
+        for worker in workers:
+            worker.stop()
+
+    result = {
+        "machine": machine(device),
+        "preset": preset,
+        "batch_size": batch_size,
+        "num_params": cost.num_params,
+        "macs": cost.macs,
+        "contestants": ["ours", "classical script"],
+        "images_per_second": rates,  # of both, in each round
+        "memory_bytes": memory,  # peak, above the bare process
+        "matmul_flops": peaks,  # per second, in each one's precision
+        "scaling": scaling,  # images/s of a step, by batch size
+        "threads": threads,
+    }
+    if preset == "tpsnet":
+        plots.benchmark(result, Path("images/benchmark.png"))
+    if json:
+        utils.write_json(Path(json), result)
+    return result
+
+
+def compare(
+    workers: list[Worker], name: str, batch_size: int, rounds: int = ROUNDS
+) -> list[list[float]]:
+    """Images per second of each worker in each round, the workers taking turns."""
+    num_steps = []
+    for worker in workers:
+        worker(name, batch_size, 1)  # warms up
+        num_steps.append(max(1, round(SECONDS / worker(name, batch_size, 1))))
+    rates = [[] for _ in workers]
+    for _ in range(rounds):
+        for worker, steps, rate in zip(workers, num_steps, rates, strict=True):
+            images = EVAL_IMAGES if name == "evaluate" else batch_size
+            rate.append(steps * images / worker(name, batch_size, steps))
+    return rates
+
+
+def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of the best of several large matrix products: what the machine can do."""
+    best = 0
+    for size in (2048, 4096) if device.type == "cpu" else (4096, 8192, 16384):
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        for _ in range(8):
+            synchronize(device)
+            start = time.perf_counter()
+            a @ b
+            synchronize(device)
+            best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def memory_limit(device: torch.device) -> float:
+    """Bytes of float32 activations to allow: the rest is for gradients, and the other process."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 3
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 3
+
+
+def print_rates(label: str, rates: list[list[float]]) -> None:
+    """A row of images per second: medians and spread, and the median ratio of the rounds."""
+    texts = [f"{statistics.median(r):,.0f} ({min(r):,.0f}-{max(r):,.0f})" for r in rates]
+    ratios = [ours / classical for ours, classical in zip(*rates, strict=True)]
+    print_row(label, *texts, statistics.median(ratios))
+
+
+def print_row(label: str, ours: str, classical: str, ratio: float | str = "") -> None:
+    """A line of the table."""
+    ratio = f"{ratio:.2f}" if isinstance(ratio, float) else ratio
+    print(f"{label:30} {ours:>21} {classical:>18} {ratio:>6}", flush=True)
+
+
+def machine(device: torch.device) -> str:
+    """The machine and the versions, in a line."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
+    if device.type == "cpu" and Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), name)
+    versions = ", ".join(f"{key} {value}" for key, value in utils.library_versions().items())
+    return f"{name}, {torch.get_num_threads()} threads; {versions}"
+
+
+def main(args: list[str]) -> None:
+    """Measure what the command line names."""
+    utils.parse_command_line(benchmark, args, prog="benchmark.py")()
+
+
+if __name__ == "__main__":
+    utils.run_script(main)
