@@ -9,11 +9,12 @@ the same network on the same noise, each in a process of its own, taking turns; 
 median of the rounds, with the smallest and the largest behind it. No data set is needed.
 """
 
+import contextlib
 import itertools
 import multiprocessing
 import os
 import platform
-import resource
+import re
 import statistics
 import sys
 import time
@@ -29,7 +30,7 @@ from tqdm import tqdm
 import plots
 import train
 import utils
-from data import FACTS, Augmentation, Dataset, Split, train_batches
+from data import FACTS, Dataset, Split, train_batches
 from model import ResNet, model_cost
 from train import PRESETS, Config
 from utils import InputError
@@ -38,6 +39,7 @@ ROUNDS = 5
 BATCH_SIZES = (32, 64, 128, 256, 512, 1024)
 SECONDS = 3.0  # that one measurement takes: as many steps as fit, at least one
 NUM_WORKERS = 2  # of the classical DataLoader, as in PyTorch's CIFAR-10 tutorial
+WARM_BATCHES = 20  # more than its workers have ready in advance
 EVAL_IMAGES = 500
 MEASUREMENTS = {
     "data": "data pipeline",
@@ -67,14 +69,13 @@ class Ours:
         self.device, _, _ = utils.init_processes()
         self.data = noise(50_000).to(self.device)
         self.model = train.make_model(config, self.data, self.device)
-        self.autocast = train.make_autocast(config, self.device)
+        dtype = train.compute_dtype(config, self.device)
+        self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
         self.criterion = nn.CrossEntropyLoss(
             reduction="sum", label_smoothing=config.label_smoothing
         )
         self.optimizers = train.make_optimizers(self.model, config)
-        self.augmentation = Augmentation(
-            config.crop_padding, config.padding, config.rotation, config.flip
-        )
+        self.augmentation = train.make_augmentation(config)
         self.fixed = {}
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor, int]]:
@@ -111,9 +112,8 @@ class Classical:
         from torchvision import transforms
 
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.data = noise(50_000)
-        self.pixels = self.data.train.images.permute(0, 2, 3, 1).contiguous().numpy()
-        self.data = replace(self.data, train=self.data.train[: max(BATCH_SIZES)])
+        self.pixels = noise(50_000).train.images.permute(0, 2, 3, 1).contiguous().numpy()
+        self.data = noise(max(BATCH_SIZES))
         self.model = ResNet(**config.architecture()).to(self.device)
         if config.stem == "whitening":
             self.model.set_whitening(self.data.normalize(self.data.train.images[:100]))
@@ -135,6 +135,8 @@ class Classical:
     def loader(self, num_images: int, transform: Callable, **options: object) -> Iterable:
         """A DataLoader with worker processes, of the first images."""
         dataset = PILDataset(self.pixels[:num_images], [0] * num_images, transform)
+        if sys.platform == "linux":
+            options["multiprocessing_context"] = "fork"  # as in a script started by hand
         pin = self.device.type == "cuda"
         return torch.utils.data.DataLoader(
             dataset, num_workers=NUM_WORKERS, pin_memory=pin, **options
@@ -224,7 +226,12 @@ def serve(kind: type, config: Config, connection: Connection) -> None:
 
     def data(batch_size: int, num_steps: int) -> float:
         batches = stream(batch_size)
-        return timed(lambda: [next(batches) for _ in range(num_steps)])
+
+        def draw() -> None:
+            for _ in range(num_steps):
+                next(batches)
+
+        return timed(draw)
 
     def evaluate(_: int, times: int) -> float:
         return timed(lambda: [contestant.evaluate() for _ in range(times)])
@@ -245,8 +252,12 @@ def memory_peak() -> int:
     """Peak bytes of this process: of the GPU's memory where there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if sys.platform == "linux":  # where getrusage counts in the peak of the parent process
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 def synchronize(device: torch.device) -> None:
@@ -277,7 +288,8 @@ class Worker:
 
     def stop(self) -> None:
         """End the process."""
-        self.connection.send(None)
+        with contextlib.suppress(OSError):  # it may have died
+            self.connection.send(None)
         self.process.join()
 
 
@@ -304,20 +316,24 @@ def benchmark(
     if preset not in PRESETS:
         raise InputError(f"preset: {preset!r} is not one of {', '.join(PRESETS)}")
     utils.check_integer("batch_size", batch_size, 0, 50_000)
+    if sys.platform == "win32":
+        raise InputError("platform: Windows does not tell a peak of memory; use Linux or macOS")
     config = replace(PRESETS[preset], compile=compile)
     batch_size = batch_size or config.batch_size
     device, _, _ = utils.init_processes()
-    dtype = torch.bfloat16 if config.bfloat16 and utils.has_bfloat16(device) else torch.float32
+    dtype = train.compute_dtype(config, device)
     cost = model_cost(**config.architecture())
     workers = [Worker(kind, config) for kind in (Ours, Classical)]
     print(machine(device))
     print(
         f"{preset}: {cost.num_params:,} parameters, {cost.macs / 1e6:,.1f} M MACs per image;"
-        f" batch {batch_size}; ours in {str(dtype).removeprefix('torch.')}\n"
+        f" batch {batch_size}; ours in {utils.dtype_name(dtype)}\n"
     )
     print_row("", "ours", "classical script", "ratio")
 
     try:
+        for worker in workers:
+            worker("memory")  # answers once it is ready, and leaves the cores to the others
         peaks = [matmul_peak(dtype, device), matmul_peak(torch.float32, device)]  # FLOP/s
         rates = {}  # images/s, by measurement, of both, in each round
         for name, label in MEASUREMENTS.items():
@@ -333,7 +349,7 @@ def benchmark(
         shares = [100 * f / peak for f, peak in zip(flops, peaks, strict=True)]
         print_row("share of matmul peak, %", *(f"{share:.0f}" for share in shares))
         print(
-            f"matmul peak: {peaks[0] / 1e9:,.0f} GFLOP/s in {str(dtype).removeprefix('torch.')},"
+            f"matmul peak: {peaks[0] / 1e9:,.0f} GFLOP/s in {utils.dtype_name(dtype)},"
             f" {peaks[1] / 1e9:,.0f} in float32\n"
         )
 
@@ -343,7 +359,7 @@ def benchmark(
                 scaling[size] = compare(workers, "step", size, rounds=3)
                 print_rates(f"step at batch {size}, images/s", scaling[size])
         threads = {}
-        for number in {1, torch.get_num_threads()} if device.type == "cpu" else ():
+        for number in sorted({1, torch.get_num_threads()}) if device.type == "cpu" else ():
             for worker in workers:
                 worker("threads", number)
             threads[number] = compare(workers, "step", batch_size, rounds=3)
@@ -379,7 +395,9 @@ def compare(
     num_steps = []
     for worker in workers:
         worker(name, batch_size, 1)  # warms up
-        num_steps.append(max(1, round(SECONDS / worker(name, batch_size, 1))))
+        trial = WARM_BATCHES if name == "data" else 1
+        seconds = worker(name, batch_size, trial) / trial
+        num_steps.append(max(1, round(SECONDS / seconds)))
     rates = [[] for _ in workers]
     for _ in range(rounds):
         for worker, steps, rate in zip(workers, num_steps, rates, strict=True):
@@ -396,7 +414,7 @@ def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
         for _ in range(8):
             synchronize(device)
             start = time.perf_counter()
-            a @ b
+            a @ b.T  # as a linear layer has it
             synchronize(device)
             best = max(best, 2 * size**3 / (time.perf_counter() - start))
     return best

@@ -41,7 +41,8 @@ BINARY_SHA1 = {  # of the official files
     "test_batch.bin": "67eb016db431130d61cd03c7ad570b013799c88c",
 }
 IMAGES_PER_FILE = 10_000
-RECORD_BYTES = 1 + 3 * 32 * 32  # label, then the red, green and blue planes
+IMAGE_SIZE = 32  # pixels, both sides
+RECORD_BYTES = 1 + 3 * IMAGE_SIZE**2  # label, then the red, green and blue planes
 
 SPLIT_SEED = 0  # of the validation and digits splits: the same for every run, so runs compare
 
@@ -266,15 +267,18 @@ def fingerprint(*splits: Split) -> str:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random crop, rotation and horizontal flip, drawn per image."""
+    """Random crop, rotation, horizontal flip and Cutout, drawn per image."""
 
     crop_padding: int  # pixels added on each side before cropping back to 32x32
     padding: str  # `zeros`, or `reflect`: the image mirrored at its border
     rotation: float  # degrees, either way
     flip: str  # `none`, `random` or `alternating`
+    cutout: int  # side of the square that is greyed out, in pixels; 0 for none
 
-    def draw(self, indices: Tensor, seed: int, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+    def draw(self, indices: Tensor, seed: int, epoch: int) -> tuple[Tensor, ...]:
         """Shifts (N, 2), angles (N,) and flips (N,) of the images `indices`, for `augment`.
+
+        And the corners (N, 2) for `cut_out`.
 
         Alternating flips mirror a random half of the images in the first epoch, the other half in
         the second, and so on: two epochs show every image both ways (Jordan, arXiv:2404.00498).
@@ -287,7 +291,8 @@ class Augmentation:
         if self.flip == "alternating":
             first = torch.rand(n, generator=generator("flip", seed)) < 0.5  # of each image
             flip = first[indices] ^ (epoch % 2 == 0)
-        return shift, angle, flip
+        corner = torch.randint(0, IMAGE_SIZE - self.cutout + 1, (n, 2), generator=rng)
+        return shift, angle, flip, corner
 
 
 def augment(
@@ -329,6 +334,20 @@ def augment(
     return pixels * inside[:, None]
 
 
+def cut_out(images: Tensor, corner: Tensor, size: int) -> Tensor:
+    """Set a square of each image to the mean, 0 (DeVries & Taylor, arXiv:1708.04552).
+
+    Args:
+        images: (N, C, S, S) normalised.
+        corner: (N, 2) the square's first row and column.
+        size: its side, in pixels.
+    """
+    place = torch.arange(images.shape[-1], device=images.device)
+    inside = (place >= corner[:, :, None]) & (place < corner[:, :, None] + size)  # (N, 2, S)
+    square = inside[:, 0, :, None] & inside[:, 1, None, :]  # (N, S, S)
+    return images.masked_fill(square[:, None], 0)
+
+
 def train_batches(
     data: Dataset,
     augmentation: Augmentation,
@@ -352,5 +371,8 @@ def train_batches(
         stop = min(start + batch_size, num_images)
         share = slice(start + rank, stop, world_size)
         batch = data.train[order[share]]
-        images = augment(batch.images, *(draw[share] for draw in draws), augmentation.padding)
-        yield data.normalize(images), batch.labels, stop - start
+        *crop, corner = (draw[share] for draw in draws)
+        images = data.normalize(augment(batch.images, *crop, augmentation.padding))
+        if augmentation.cutout:
+            images = cut_out(images, corner, augmentation.cutout)
+        yield images, batch.labels, stop - start

@@ -97,12 +97,12 @@ def benchmark(result: dict[str, object], path: str | Path) -> None:
     speed.set_xticks(range(len(shown)), shown.values())
     speed.set(title=f"images/s at batch {result['batch_size']}")
     speed.margins(y=0.15)
-    speed.legend(frameon=False, fontsize=8)
 
     bars = memory.bar(names, [m / 1e9 for m in result["memory_bytes"]], color=colors)
     memory.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
     memory.set_xticks(range(2), [name.replace(" ", "\n") for name in names])
     memory.set(title="peak memory, GB\nabove the bare process")
+    memory.margins(y=0.1)
 
     sizes = list(result["scaling"])
     for i, (name, color) in enumerate(zip(names, colors, strict=True)):
@@ -114,8 +114,57 @@ def benchmark(result: dict[str, object], path: str | Path) -> None:
     scaling.minorticks_off()
     scaling.set_ylim(bottom=0)
     scaling.set(title="training step, images/s", xlabel="batch size")
+    scaling.legend(frameon=False, loc="center right")
     for axes in (speed, memory, scaling):
         axes.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+
+
+def accuracy_over_time(
+    fast: list[dict[str, str]],
+    tpsnet: list[dict[str, str]],
+    epochs: int,
+    published: float,
+    path: str | Path,
+) -> None:
+    """Validation accuracy over the minutes of training: the preset `fast` and the paper's recipe.
+
+    Args:
+        fast: the rows of the log of a whole run, with its validation accuracy.
+        tpsnet: the first rows of the paper's recipe on the same machine.
+        epochs: of the paper's recipe, from which the rest of its time is projected.
+        published: its accuracy after those, in percent.
+    """
+    figure = Figure(figsize=(8, 3.8), layout="constrained")
+    axes = figure.subplots()
+    ends = []
+    for rows, color, label in (
+        (fast, BLUE, f"fast: {len(fast)} epochs"),
+        (tpsnet, ORANGE, f"tpsnet: the first {len(tpsnet)} of {epochs} epochs"),
+    ):
+        minutes = np.cumsum([float(row["seconds"]) for row in rows]) / 60
+        accuracy = [float(row["val_accuracy"]) for row in rows]
+        axes.plot(minutes, accuracy, "o-", color=color, markersize=3, label=label)
+        ends.append((minutes[-1], accuracy[-1]))
+    (start, accuracy), total = ends[1], ends[1][0] * epochs / len(tpsnet)
+    axes.plot([start, total], [accuracy, published], ":", color=ORANGE)
+    axes.plot(total, published, "o", color=ORANGE, fillstyle="none")
+    axes.annotate(
+        f"{published}% as published,\n{total / 60:.0f} hours as projected",
+        (total, published), xytext=(6, -70), textcoords="offset points", ha="right", va="top",
+    )  # fmt: skip
+    axes.annotate(
+        f"{ends[0][1]:.2f}%\n{ends[0][0]:.0f} minutes", ends[0],
+        xytext=(6, -4), textcoords="offset points", va="top",
+    )  # fmt: skip
+    axes.set_xscale("log")
+    ticks = {1: "1 min", 10: "10 min", 60: "1 h", 600: "10 h", 6000: "100 h"}
+    axes.set_xticks(list(ticks), ticks.values())
+    axes.minorticks_off()
+    axes.set(xlabel="training time", ylabel="validation accuracy, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, loc="lower right")
     save(figure, path)
 
 

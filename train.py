@@ -80,6 +80,8 @@ class Config:
     """Random rotation, in degrees either way."""
     flip: Literal["none", "random", "alternating"] = "random"
     """Mirror no image, a random half in each epoch, or one half and the other in turn."""
+    cutout: int = 0
+    """Side of a square that is greyed out in every image, in pixels; 0 for none."""
 
     # The recipe
     epochs: int = 300
@@ -195,14 +197,15 @@ def train(config: Config) -> Score:
 
     model = make_model(config, data, device)
     parallel = DistributedDataParallel(model) if world_size > 1 else model
-    autocast = make_autocast(config, device)
+    dtype = compute_dtype(config, device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     criterion = nn.CrossEntropyLoss(reduction="sum", label_smoothing=config.label_smoothing)
     optimizers = make_optimizers(model, config)
     steps = math.ceil(len(data.train) / config.batch_size)
     steps = min(steps, config.limit_steps or steps)  # of an epoch
     num_images = min(steps * config.batch_size, len(data.train))  # seen in an epoch
     schedulers = [make_scheduler(optimizer, config, steps) for optimizer in optimizers]
-    augmentation = Augmentation(config.crop_padding, config.padding, config.rotation, config.flip)
+    augmentation = make_augmentation(config)
 
     def batches(epoch: int) -> Iterable[tuple[Tensor, Tensor, int]]:
         order = (config.batch_size, config.seed, epoch)
@@ -214,7 +217,7 @@ def train(config: Config) -> Score:
         log, wandb_id = state["log"], state["wandb_id"]
     if is_main:
         utils.write_json(folder / "config.json", asdict(config))
-        print_plan(config, data, device, world_size, steps, len(log))
+        print_plan(config, data, device, dtype, world_size, steps, len(log))
         wandb = utils.WandbRun(config.wandb, folder, asdict(config), wandb_id)
         if device.type == "cpu" and len(log) < config.epochs:
             images, labels, _ = next(iter(batches(len(log) + 1)))
@@ -295,12 +298,12 @@ def train_one_epoch(
     """
     totals, seen = 0, 0  # totals: loss and correct, summed on the device and read now and then
     for step, (images, labels, batch_size) in enumerate(batches, start=1):
+        model.zero_grad()  # before the forward pass, whose end is the peak of memory
         with autocast:
             logits = model(images).float()
         loss = criterion(logits, labels)
         # DDP averages the gradients over the processes. Scaled like this, their mean is that of
         # the mean loss over the global batch, even where its images do not share out evenly.
-        model.zero_grad()
         (loss * utils.num_processes() / batch_size).backward()
         for part in (*optimizers, *schedulers):
             part.step()
@@ -338,10 +341,17 @@ def make_model(config: Config, data: Dataset, device: torch.device) -> ResNet:
     return model
 
 
-def make_autocast(config: Config, device: torch.device) -> torch.autocast:
-    """bfloat16 for the matrix products, where it is wanted and the device is faster at it."""
-    enabled = config.bfloat16 and utils.has_bfloat16(device)
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """What convolutions and matrix products compute in; weights are float32 always."""
+    bfloat16 = config.bfloat16 and utils.has_bfloat16(device)
+    return torch.bfloat16 if bfloat16 else torch.float32
+
+
+def make_augmentation(config: Config) -> Augmentation:
+    """What is done to the training images."""
+    return Augmentation(
+        config.crop_padding, config.padding, config.rotation, config.flip, config.cutout
+    )
 
 
 def make_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
@@ -399,6 +409,7 @@ def check_config(config: Config) -> None:
         check_integer(name, getattr(config, name), 0)
     check_integer("seed", config.seed, 0, 2**32 - 1)
     check_integer("crop_padding", config.crop_padding, 0, 32)
+    check_integer("cutout", config.cutout, 0, 32)
     check_number("lr", config.lr, 0, 1000)
     check_number("adam_lr", config.adam_lr, 0, 1000)
     check_number("label_smoothing", config.label_smoothing, 0, 1)
@@ -487,7 +498,13 @@ def restore(
 
 
 def print_plan(
-    config: Config, data: Dataset, device: torch.device, world_size: int, steps: int, done: int
+    config: Config,
+    data: Dataset,
+    device: torch.device,
+    dtype: torch.dtype,
+    world_size: int,
+    steps: int,
+    done: int,
 ) -> None:
     """Say what is about to be trained, on what, and from where."""
     cost = model_cost(**config.architecture())
@@ -501,7 +518,10 @@ def print_plan(
     )
     processes = f" in {world_size} processes" if world_size > 1 else ""
     resumed = f", going on after epoch {done}" if done else ""
-    print(f"epochs: {config.epochs} of {steps:,} steps, on {device.type}{processes}{resumed}")
+    print(
+        f"epochs: {config.epochs} of {steps:,} steps, on {device.type}{processes},"
+        f" {utils.dtype_name(dtype)}{resumed}"
+    )
 
 
 def estimate_step(model: nn.Module, images: Tensor, labels: Tensor) -> float:
@@ -560,6 +580,7 @@ def metadata(
             "test": test and test.accuracy,
         },
         "seed": config.seed,
+        "trained_in": utils.dtype_name(compute_dtype(config, data.train.labels.device)),
         "data_fingerprint": data.fingerprint,
         "unofficial_data_files": data.unofficial,
         "versions": utils.library_versions(),

@@ -28,7 +28,7 @@ for batch_size in map(int, sys.argv[1:]):  # an odd one shares out unevenly
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1)]
     criterion = torch.nn.CrossEntropyLoss(reduction="sum")
     float32 = torch.autocast(device.type, enabled=False)
-    augmentation = Augmentation(0, "zeros", 5.0, "none")
+    augmentation = Augmentation(0, "zeros", 5.0, "none", 0)
     batches = train_batches(digits, augmentation, batch_size, 0, 1, rank, world_size)
     one = itertools.islice(batches, 1)
     loss, accuracy = train.train_one_epoch(

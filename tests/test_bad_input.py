@@ -22,7 +22,7 @@ from utils import InputError
 # command line, and words that the error must contain
 BAD_LINES = [
     # presets and options
-    ("train.py resnet50", ["preset", "'resnet50'", "tpsnet, model1, model2, demo"]),
+    ("train.py resnet50", ["preset", "'resnet50'", "tpsnet, model1, model2, fast, demo"]),
     ("train.py --learning-rate 0.1", ["--learning-rate", "-h"]),
     ("train.py demo model1", ["model1", "-h"]),
     ("train.py demo --lr", ["--lr", "-h"]),

@@ -7,9 +7,12 @@ import torch
 from conftest import ROOT, run
 
 import data
+import utils
 from data import load_dataset
+from model import load_model
 
 DATA = ROOT / "data"
+RELEASED = sorted((ROOT / "checkpoints").glob("*.safetensors"))
 FOLDERS = (data.BINARY_FOLDER, "cifar-10-batches-py")
 pytestmark = [
     pytest.mark.cifar10,
@@ -59,3 +62,12 @@ def test_rehearsal_goes_through_every_stage_to_a_tested_checkpoint():
     pattern = r"test accuracy: .* of 10,000; .*"
     assert re.findall(pattern, trained.stdout) == re.findall(pattern, tested.stdout) != []
     assert re.search(r"^automobile +[\d,]+ +1,000 ", tested.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", RELEASED, ids=lambda path: path.stem)
+def test_released_weights_classify_as_well_as_they_claim(path, cifar10):
+    """On a tenth of the test set, where three points are four standard errors."""
+    model, info = load_model(path)
+    part = cifar10.test[::10]
+    logits = utils.evaluate(model, part.images, cifar10.normalize)
+    assert abs(utils.score(logits, part.labels).accuracy - info["accuracy"]["test"]) < 3

@@ -27,7 +27,8 @@ def images():
 @pytest.mark.parametrize("mode", ["zeros", "reflect"])
 @pytest.mark.parametrize("flip", ["none", "random"])
 def test_augment_is_torchvisions_crop_rotate_flip(images, rotation, padding, mode, flip):
-    draws = Augmentation(padding, mode, rotation, flip).draw(torch.arange(len(images)), 1, 1)
+    augmentation = Augmentation(padding, mode, rotation, flip, 0)
+    *draws, _ = augmentation.draw(torch.arange(len(images)), 1, 1)
     ours = augment(images, *draws, mode)
     torchvision_mode = {"zeros": "constant", "reflect": "reflect"}[mode]
     differing = 0
@@ -44,23 +45,41 @@ def test_augment_is_torchvisions_crop_rotate_flip(images, rotation, padding, mod
         assert differing == 0
 
 
+def test_cutout_is_torchvisions_erase(images):
+    normal = images.float() + 1
+    corners = Augmentation(0, "zeros", 0.0, "none", 10).draw(torch.arange(len(images)), 1, 1)[3]
+    ours = data.cut_out(normal, corners, 10)
+    for image, (row, column), result in zip(normal, corners, ours, strict=True):
+        expected = reference.erase(image, int(row), int(column), 10, 10, torch.zeros(1))
+        assert torch.equal(result, expected)
+
+
+def test_batches_are_cut_out_after_normalisation():
+    augmentation = Augmentation(0, "zeros", 0.0, "none", 8)
+    toy = labelled_by_position(100)
+    images, labels, _ = next(train_batches(toy, augmentation, 100, 0, 1))
+    greyed = (images == 0).all(1).sum((1, 2))
+    assert set(greyed[labels > 0].tolist()) == {64}
+
+
 def test_augmentation_is_drawn_per_image_over_its_whole_range():
     indices = torch.arange(4000)
-    shift, angle, flip = Augmentation(4, "zeros", 5.0, "random").draw(indices, 0, 1)
+    shift, angle, flip, corner = Augmentation(4, "zeros", 5.0, "random", 8).draw(indices, 0, 1)
+    assert sorted(set(corner.flatten().tolist())) == list(range(25))
     assert sorted(set(shift.flatten().tolist())) == list(range(-4, 5))
     assert -5 <= angle.min() < -4.9
     assert 4.9 < angle.max() <= 5
     assert 0.45 < flip.float().mean() < 0.55
     # rows and columns move independently of each other, and of the angle
     assert abs(np.corrcoef([*shift.T.numpy(), angle.numpy()])[np.triu_indices(3, 1)]).max() < 0.06
-    shift, angle, flip = Augmentation(0, "zeros", 0.0, "none").draw(indices, 0, 1)
+    shift, angle, flip, _ = Augmentation(0, "zeros", 0.0, "none", 0).draw(indices, 0, 1)
     assert not shift.any()
     assert not angle.any()
     assert not flip.any()
 
 
 def test_alternating_flips_show_every_image_both_ways_in_two_epochs():
-    augmentation = Augmentation(0, "zeros", 0.0, "alternating")
+    augmentation = Augmentation(0, "zeros", 0.0, "alternating", 0)
     orders = [torch.randperm(1000, generator=generator("order", epoch)) for epoch in range(1, 5)]
     flips = []
     for epoch, order in enumerate(orders, start=1):
@@ -87,7 +106,7 @@ def labelled_by_position(num_images):
 
 
 def test_an_epoch_visits_every_image_once_in_an_order_of_its_own():
-    toy, plain = labelled_by_position(100), Augmentation(0, "zeros", 0.0, "none")
+    toy, plain = labelled_by_position(100), Augmentation(0, "zeros", 0.0, "none", 0)
     orders = []
     for seed, epoch in ((0, 1), (0, 2), (1, 1)):
         batches = list(train_batches(toy, plain, 32, seed, epoch))
@@ -102,7 +121,7 @@ def test_an_epoch_visits_every_image_once_in_an_order_of_its_own():
 
 
 def test_batches_are_a_pure_function_of_seed_epoch_and_step():
-    digits, strong = load_dataset("digits"), Augmentation(4, "zeros", 30.0, "random")
+    digits, strong = load_dataset("digits"), Augmentation(4, "zeros", 30.0, "random", 0)
     first = list(train_batches(digits, strong, 500, seed=3, epoch=7))
     torch.manual_seed(123)
     again = list(train_batches(digits, strong, 500, seed=3, epoch=7))
@@ -118,7 +137,7 @@ def test_every_image_is_augmented_by_draws_of_its_own():
     picture = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8, generator=generator(0))
     toy = labelled_by_position(100)
     toy = replace(toy, train=replace(toy.train, images=picture.expand(100, -1, -1, -1)))
-    strong = Augmentation(4, "zeros", 180.0, "random")
+    strong = Augmentation(4, "zeros", 180.0, "random", 0)
     views = set()
     for seed in range(3):
         for epoch in range(4):
@@ -128,7 +147,7 @@ def test_every_image_is_augmented_by_draws_of_its_own():
 
 
 def test_processes_share_each_global_batch_as_one_process_augments_it():
-    digits, strong = load_dataset("digits"), Augmentation(4, "zeros", 30.0, "random")
+    digits, strong = load_dataset("digits"), Augmentation(4, "zeros", 30.0, "random", 0)
     whole = train_batches(digits, strong, 101, seed=0, epoch=1)
     shares = [train_batches(digits, strong, 101, 0, 1, rank, 3) for rank in range(3)]
     for (images, labels, size), *parts in zip(whole, *shares, strict=True):

@@ -70,7 +70,7 @@ def test_training_is_sgd_on_the_mean_cross_entropy(tiny):
     torch.manual_seed(config.seed)
     expected = ResNet(**config.architecture()).to(memory_format=torch.channels_last)
     velocity = [torch.zeros_like(p) for p in expected.parameters()]
-    augmentation = train_script.Augmentation(0, "zeros", config.rotation, "none")
+    augmentation = train_script.Augmentation(0, "zeros", config.rotation, "none", 0)
     batches = train_script.train_batches(load_dataset("digits"), augmentation, 64, 0, 1)
     for _ in range(2):
         images, labels, _ = next(batches)
