@@ -441,13 +441,13 @@ def print_row(label: str, ours: str, classical: str, ratio: float | str = "") ->
 
 
 def machine(device: torch.device) -> str:
-    """The machine and the versions, in a line."""
+    """The machine, and in a second line the versions."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
     if device.type == "cpu" and Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), name)
     versions = ", ".join(f"{key} {value}" for key, value in utils.library_versions().items())
-    return f"{name}, {torch.get_num_threads()} threads; {versions}"
+    return f"{name}, {torch.get_num_threads()} threads\n{versions}"
 
 
 def main(args: list[str]) -> None:
