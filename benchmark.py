@@ -357,7 +357,7 @@ def benchmark(
         for size in BATCH_SIZES:
             if size * cost.activation_bytes < memory_limit(device):
                 scaling[size] = compare(workers, "step", size, rounds=3)
-                print_rates(f"step at batch {size}, images/s", scaling[size])
+                print_rates(f"step, batch {size}, images/s", scaling[size])
         threads = {}
         for number in sorted({1, torch.get_num_threads()}) if device.type == "cpu" else ():
             for worker in workers:
@@ -437,7 +437,7 @@ def print_rates(label: str, rates: list[list[float]]) -> None:
 def print_row(label: str, ours: str, classical: str, ratio: float | str = "") -> None:
     """A line of the table."""
     ratio = f"{ratio:.2f}" if isinstance(ratio, float) else ratio
-    print(f"{label:30} {ours:>21} {classical:>18} {ratio:>6}", flush=True)
+    print(f"{label:27} {ours:>22} {classical:>22} {ratio:>5}", flush=True)
 
 
 def machine(device: torch.device) -> str:
