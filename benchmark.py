@@ -65,15 +65,11 @@ class Ours:
     """The parts of train.py, put together as `train.train` does."""
 
     def __init__(self, config: Config) -> None:
-        self.config = config
         self.device, _, _ = utils.init_processes()
         self.data = noise(50_000).to(self.device)
         self.model = train.make_model(config, self.data, self.device)
-        dtype = train.compute_dtype(config, self.device)
-        self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
-        self.criterion = nn.CrossEntropyLoss(
-            reduction="sum", label_smoothing=config.label_smoothing
-        )
+        self.autocast = train.make_autocast(train.compute_dtype(config, self.device), self.device)
+        self.criterion = train.make_criterion(config)
         self.optimizers = train.make_optimizers(self.model, config)
         self.augmentation = train.make_augmentation(config)
         self.fixed = {}

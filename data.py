@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from utils import InputError, first_line, generator, warn
+from utils import IMAGE_SIZE, InputError, first_line, generator, warn
 
 # Class names, and per channel the mean and std of all pixels of the training images, scaled to
 # [0, 1]. The CIFAR-10 std that is copied everywhere, (0.2023, 0.1994, 0.2010), is not that: it is
@@ -41,7 +41,6 @@ BINARY_SHA1 = {  # of the official files
     "test_batch.bin": "67eb016db431130d61cd03c7ad570b013799c88c",
 }
 IMAGES_PER_FILE = 10_000
-IMAGE_SIZE = 32  # pixels, both sides
 RECORD_BYTES = 1 + 3 * IMAGE_SIZE**2  # label, then the red, green and blue planes
 
 SPLIT_SEED = 0  # of the validation and digits splits: the same for every run, so runs compare
@@ -276,9 +275,7 @@ class Augmentation:
     cutout: int  # side of the square that is greyed out, in pixels; 0 for none
 
     def draw(self, indices: Tensor, seed: int, epoch: int) -> tuple[Tensor, ...]:
-        """Shifts (N, 2), angles (N,) and flips (N,) of the images `indices`, for `augment`.
-
-        And the corners (N, 2) for `cut_out`.
+        """Shifts (N, 2), angles (N,), flips (N,) and Cutout's corners (N, 2) of `indices`.
 
         Alternating flips mirror a random half of the images in the first epoch, the other half in
         the second, and so on: two epochs show every image both ways (Jordan, arXiv:2404.00498).

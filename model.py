@@ -30,9 +30,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from utils import InputError, atomic_path, check_integer, check_number, first_line
+from utils import IMAGE_SIZE, InputError, atomic_path, check_integer, check_number, first_line
 
-IMAGE_SIZE = 32  # pixels, both sides
 MAX_PARAMS = 5_000_000  # the project's budget
 STEMS = ("conv", "whitening")
 DOWNSAMPLES = ("stride", "pool")

@@ -198,8 +198,8 @@ def train(config: Config) -> Score:
     model = make_model(config, data, device)
     parallel = DistributedDataParallel(model) if world_size > 1 else model
     dtype = compute_dtype(config, device)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    criterion = nn.CrossEntropyLoss(reduction="sum", label_smoothing=config.label_smoothing)
+    autocast = make_autocast(dtype, device)
+    criterion = make_criterion(config)
     optimizers = make_optimizers(model, config)
     steps = math.ceil(len(data.train) / config.batch_size)
     steps = min(steps, config.limit_steps or steps)  # of an epoch
@@ -345,6 +345,16 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     """What convolutions and matrix products compute in; weights are float32 always."""
     bfloat16 = config.bfloat16 and utils.has_bfloat16(device)
     return torch.bfloat16 if bfloat16 else torch.float32
+
+
+def make_autocast(dtype: torch.dtype, device: torch.device) -> torch.autocast:
+    """The context in which the network computes in `dtype`."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def make_criterion(config: Config) -> nn.Module:
+    """Cross entropy, summed over the images."""
+    return nn.CrossEntropyLoss(reduction="sum", label_smoothing=config.label_smoothing)
 
 
 def make_augmentation(config: Config) -> Augmentation:

@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+IMAGE_SIZE = 32  # pixels, both sides
 EVAL_BATCH = 500  # images; one size everywhere, so that every script gets the same last digit
 
 
