@@ -255,8 +255,8 @@ def init_processes() -> tuple[torch.device, int, int]:
 def keep_freed_memory() -> None:
     """Let freed tensors' memory serve the next ones instead of going back to the system.
 
-    By default glibc maps every tensor over 32 MB anew, and the kernel clears it page by page: a
-    third of a training step on a CPU. Other C libraries are left as they are.
+    By default glibc maps every tensor over 32 MB anew, and the kernel clears it page by page,
+    which can take a good part of a training step on a CPU. Other C libraries are left alone.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL("libc.so.6")
