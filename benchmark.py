@@ -351,15 +351,17 @@ def benchmark(
 
         scaling = {}
         for size in BATCH_SIZES:
-            if size * cost.activation_bytes < memory_limit(device):
-                scaling[size] = compare(workers, "step", size, rounds=3)
-                print_rates(f"step, batch {size}, images/s", scaling[size])
+            if size * cost.activation_bytes > memory_limit(device):
+                print(f"step, batch {size}: left out, it might not fit into the memory")
+                continue
+            scaling[size] = compare(workers, "step", size, rounds=3)
+            print_rates(f"step, batch {size}, images/s", scaling[size])
         threads = {}
         for number in sorted({1, torch.get_num_threads()}) if device.type == "cpu" else ():
             for worker in workers:
                 worker("threads", number)
             threads[number] = compare(workers, "step", batch_size, rounds=3)
-            print_rates(f"step on {number} threads, images/s", threads[number])
+            print_rates(f"step on {number} thread{'s' * (number > 1)}, images/s", threads[number])
     finally:
         for worker in workers:
             worker.stop()

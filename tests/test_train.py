@@ -2,6 +2,7 @@ import csv
 import json
 import math
 import re
+import shutil
 import subprocess
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -182,6 +183,17 @@ def test_model_file_explains_itself(demo):
     assert info["git_commit"] == utils.git_commit()
     assert 0 < info["accuracy"]["train"] <= 100
     assert info["accuracy"]["val"] is None
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_network_learns_the_same_and_is_saved_under_plain_names(tiny):
+    config = replace(tiny, epochs=1, c1=4, bfloat16=False)
+    plain = train(replace(config, name="plain"))
+    torch._dynamo.utils.counters.clear()
+    compiled = train(replace(config, name="compiled", compile=True))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert compiled.loss == pytest.approx(plain.loss, rel=1e-3)
+    assert list(weights("compiled")) == list(weights("plain"))
 
 
 def test_no_progress_bar_where_the_output_is_no_terminal(tiny, capsys):
