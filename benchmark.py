@@ -315,7 +315,7 @@ def benchmark(
     if sys.platform == "win32":
         raise InputError("platform: Windows does not tell a peak of memory; use Linux or macOS")
     config = replace(PRESETS[preset], compile=compile)
-    batch_size = batch_size or config.batch_size
+    batch_size = batch_size or round(config.keep * config.batch_size)
     device, _, _ = utils.init_processes()
     dtype = train.compute_dtype(config, device)
     cost = model_cost(**config.architecture())

@@ -353,17 +353,21 @@ def train_batches(
     epoch: int,
     rank: int = 0,
     world_size: int = 1,
+    size: int = IMAGE_SIZE,
 ) -> Iterator[tuple[Tensor, Tensor, int]]:
     """Augmented, normalised images, labels and global size of an epoch's batches, on the device.
 
     Process `rank` gets every `world_size`-th image of each global batch, augmented as it would be
-    in one process. The last batch holds what is left over.
+    in one process. The last batch holds what is left over. Only the central `size` pixels of the
+    images' sides are given out.
     """
     num_images, device = len(data.train), data.train.labels.device
     order = torch.randperm(num_images, generator=generator("order", seed, epoch))
     draws = augmentation.draw(order, seed, epoch)
     # All that an epoch draws goes to the device at once: no step waits for a transfer.
     order, *draws = (tensor.to(device) for tensor in (order, *draws))
+    margin = (IMAGE_SIZE - size) // 2
+    center = slice(margin, margin + size)
     for start in range(0, num_images, batch_size):
         stop = min(start + batch_size, num_images)
         share = slice(start + rank, stop, world_size)
@@ -372,4 +376,4 @@ def train_batches(
         images = data.normalize(augment(batch.images, *crop, augmentation.padding))
         if augmentation.cutout:
             images = cut_out(images, corner, augmentation.cutout)
-        yield images, batch.labels, stop - start
+        yield images[:, :, center, center], batch.labels, stop - start

@@ -203,10 +203,10 @@ def per_stage(kernel: int | tuple[int, ...], num_stages: int) -> tuple[int, ...]
     return (kernel,) * num_stages if isinstance(kernel, int) else tuple(kernel)
 
 
-def feature_size(num_stages: int, stem: str, downsample: str) -> int:
+def feature_size(num_stages: int, stem: str, downsample: str, image_size: int = IMAGE_SIZE) -> int:
     """Side of the last stage's feature map, in pixels."""
     halvings = num_stages if downsample == "pool" else num_stages - 1
-    size = IMAGE_SIZE - 1 if stem == "whitening" else IMAGE_SIZE
+    size = image_size - 1 if stem == "whitening" else image_size
     # A stride rounds odd sizes up and pooling rounds them down.
     return size // 2**halvings if downsample == "pool" else -(-size // 2**halvings)
 

@@ -14,8 +14,8 @@ import itertools
 import math
 import re
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -29,11 +29,20 @@ from tqdm import tqdm
 import plots
 import utils
 from data import Augmentation, Dataset, load_dataset, train_batches
-from model import MAX_PARAMS, ResNet, check_budget, model_cost, save_model
-from utils import DivergenceError, InputError, Score, check_integer, check_number, first_line
+from model import MAX_PARAMS, ResNet, check_budget, feature_size, model_cost, save_model
+from utils import (
+    IMAGE_SIZE,
+    DivergenceError,
+    InputError,
+    Score,
+    check_integer,
+    check_number,
+    first_line,
+)
 
 CHECKPOINTS = Path("checkpoints")
 ADAM_BETAS = (0.9, 0.95)
+SMALL_SIZE = 28  # pixels; after a whitening stem it pools to 27, 13, 6 and 3, as 32 to 3
 LOG_INTERVAL = 20  # steps between looks at the running loss: each look waits for the device
 
 
@@ -82,12 +91,16 @@ class Config:
     """Mirror no image, a random half in each epoch, or one half and the other in turn."""
     cutout: int = 0
     """Side of a square that is greyed out in every image, in pixels; 0 for none."""
+    small_share: float = 0.0
+    """Share of the epochs, the first ones, that see only the central 28x28 pixels of the images."""
 
     # The recipe
     epochs: int = 300
     """Passes over the training set."""
     batch_size: int = 128
     """Images per step, over all processes together."""
+    keep: float = 1.0
+    """Share of every batch that is trained on: what a narrow copy of the network finds hardest."""
     optimizer: Literal["sgd", "muon"] = "sgd"
     """SGD, or Muon for the convolutions and Adam for all else."""
     lr: float = 0.01
@@ -153,8 +166,10 @@ PRESETS = {
         rotation=0.0,
         flip="alternating",
         cutout=12,
-        epochs=43,
-        batch_size=1000,
+        small_share=0.72,
+        epochs=88,
+        batch_size=2000,
+        keep=0.5,
         optimizer="muon",
         lr=0.15,
         momentum=0.6,
@@ -196,34 +211,42 @@ def train(config: Config) -> Score:
     data = data.to(device)
 
     model = make_model(config, data, device)
-    parallel = DistributedDataParallel(model) if world_size > 1 else model
+    parallel = make_parallel(model)
     dtype = compute_dtype(config, device)
     autocast = make_autocast(dtype, device)
     criterion = make_criterion(config)
     optimizers = make_optimizers(model, config)
     steps = math.ceil(len(data.train) / config.batch_size)
     steps = min(steps, config.limit_steps or steps)  # of an epoch
-    num_images = min(steps * config.batch_size, len(data.train))  # seen in an epoch
+    num_images = min(steps * config.batch_size, len(data.train))
+    num_images = round(config.keep * num_images)  # trained on in an epoch
     schedulers = [make_scheduler(optimizer, config, steps) for optimizer in optimizers]
+    proxy = Proxy(config, data, device, autocast, steps) if config.keep < 1 else None
     augmentation = make_augmentation(config)
 
     def batches(epoch: int) -> Iterable[tuple[Tensor, Tensor, int]]:
         order = (config.batch_size, config.seed, epoch)
-        return itertools.islice(train_batches(data, augmentation, *order, rank, world_size), steps)
+        size = SMALL_SIZE if epoch <= config.small_share * config.epochs else IMAGE_SIZE
+        found = train_batches(data, augmentation, *order, rank, world_size, size)
+        return itertools.islice(found, steps)
 
     log, wandb_id = [], None  # log: one row per finished epoch
     if state:
-        restore(state, folder, model, optimizers, schedulers)
+        restore(state, folder, model, proxy, optimizers, schedulers)
         log, wandb_id = state["log"], state["wandb_id"]
     if is_main:
         utils.write_json(folder / "config.json", asdict(config))
         print_plan(config, data, device, dtype, world_size, steps, len(log))
         wandb = utils.WandbRun(config.wandb, folder, asdict(config), wandb_id)
         if device.type == "cpu" and len(log) < config.epochs:
-            images, labels, _ = next(iter(batches(len(log) + 1)))
-            with autocast:
-                seconds = estimate_step(model, images, labels)
-            seconds *= steps * (config.epochs - len(log))
+            seconds, todo = 0, config.epochs - len(log)
+            small = max(0, int(config.small_share * config.epochs) - len(log))
+            for epoch, number in ((1, small), (config.epochs, todo - small)):
+                if number:
+                    images, labels, _ = next(iter(batches(epoch)))
+                    with autocast:
+                        step_seconds = estimate_step(model, proxy, images, labels)
+                    seconds += steps * number * step_seconds
             print(f"estimated time on this CPU: {utils.duration(seconds)}", flush=True)
 
     for epoch in range(len(log) + 1, config.epochs + 1):
@@ -232,9 +255,10 @@ def train(config: Config) -> Score:
         # Reseeded every epoch, so that dropout, like the batches, needs no saved state.
         torch.manual_seed(utils.derive_seed("dropout", config.seed, epoch, rank))
         model.train()
+        kept = proxy.hardest(batches(epoch)) if proxy else batches(epoch)
         with progress_bar(config, epoch, num_images, is_main) as bar:
             train_loss, train_accuracy = train_one_epoch(
-                parallel, criterion, optimizers, schedulers, batches(epoch), autocast, epoch, bar
+                parallel, criterion, optimizers, schedulers, kept, autocast, epoch, bar
             )
         utils.share_buffers(model)
         val = None
@@ -260,6 +284,7 @@ def train(config: Config) -> Score:
                 {
                     "config": asdict(config),
                     "model": model.state_dict(),
+                    "proxy": proxy and proxy.state_dict(),
                     "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                     "schedulers": [scheduler.state_dict() for scheduler in schedulers],
                     "log": log,
@@ -328,6 +353,82 @@ def mean_metrics(
         lr = optimizers[0].param_groups[0]["lr"]
         raise DivergenceError(f"{where}: the loss is {loss / seen} at lr {lr:g}; try a lower --lr")
     return loss / seen, 100 * correct / seen
+
+
+class Proxy:
+    """A narrow copy of the network (width 1) that picks the images worth a step of the network.
+
+    It looks at every batch and learns from every fourth, from what it picks: the images of the
+    largest loss. Late in a training most images are easy and would teach the network little
+    (Jordan, airbench96_faster, github.com/KellerJordan/cifar10-airbench, 2024).
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        data: Dataset,
+        device: torch.device,
+        autocast: torch.autocast,
+        steps: int,
+    ) -> None:
+        config = replace(config, width=1)
+        self.keep, self.autocast = config.keep, autocast
+        self.model = make_model(config, data, device)
+        self.parallel = make_parallel(self.model)
+        self.criterion = nn.CrossEntropyLoss(
+            reduction="none", label_smoothing=config.label_smoothing
+        )
+        self.optimizers = make_optimizers(self.model, config)
+        self.schedulers = [make_scheduler(o, config, steps) for o in self.optimizers]
+
+    def hardest(
+        self, batches: Iterable[tuple[Tensor, Tensor, int]]
+    ) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """An epoch's batches, of each the share `keep` with the largest loss, hardest first.
+
+        Under torchrun every process picks from its own share.
+        """
+        self.model.train()
+        for step, (images, labels, batch_size) in enumerate(batches):
+            learns = step % 4 == 0
+            with torch.set_grad_enabled(learns):
+                with self.autocast:
+                    logits = self.parallel(images).float()
+                losses, chosen = self.criterion(logits, labels).topk(self.kept(len(labels)))
+            if learns:
+                self.model.zero_grad()
+                losses.mean().backward()
+                for optimizer in self.optimizers:
+                    optimizer.step()
+            for scheduler in self.schedulers:
+                scheduler.step()
+            n = utils.num_processes()
+            shares = (len(range(rank, batch_size, n)) for rank in range(n))
+            yield images[chosen], labels[chosen], sum(map(self.kept, shares))
+
+    def kept(self, num_images: int) -> int:
+        """How many of `num_images` are trained on, at least one."""
+        return max(1, round(self.keep * num_images))
+
+    def state_dict(self) -> dict[str, object]:
+        """All that changes while training."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
+        }
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Take up what `state_dict` gave."""
+        self.model.load_state_dict(state["model"])
+        for name, parts in (("optimizers", self.optimizers), ("schedulers", self.schedulers)):
+            for part, saved in zip(parts, state[name], strict=True):
+                part.load_state_dict(saved)
+
+
+def make_parallel(model: nn.Module) -> nn.Module:
+    """`model`, under torchrun in the wrapper that averages the gradients of all processes."""
+    return DistributedDataParallel(model) if utils.num_processes() > 1 else model
 
 
 def make_model(config: Config, data: Dataset, device: torch.device) -> ResNet:
@@ -420,6 +521,8 @@ def check_config(config: Config) -> None:
     check_integer("seed", config.seed, 0, 2**32 - 1)
     check_integer("crop_padding", config.crop_padding, 0, 32)
     check_integer("cutout", config.cutout, 0, 32)
+    check_number("keep", config.keep, 0.01, 1)
+    check_number("small_share", config.small_share, 0, 1)
     check_number("lr", config.lr, 0, 1000)
     check_number("adam_lr", config.adam_lr, 0, 1000)
     check_number("label_smoothing", config.label_smoothing, 0, 1)
@@ -432,6 +535,14 @@ def check_config(config: Config) -> None:
             " or start from the demo preset"
         )
     check_budget(config.max_params, **config.architecture())
+    sizes = (IMAGE_SIZE, SMALL_SIZE)
+    shape = (len(config.num_blocks), config.stem, config.downsample)
+    pooled, small = (feature_size(*shape, size) // config.pool_kernel for size in sizes)
+    if config.small_share and small != pooled:
+        raise InputError(
+            f"small_share: {config.small_share} of the epochs on {SMALL_SIZE}x{SMALL_SIZE} pixels,"
+            f" whose feature map does not suit a pool_kernel of {config.pool_kernel}; use 0"
+        )
 
 
 def check_batches(config: Config, num_images: int, world_size: int) -> None:
@@ -463,7 +574,8 @@ def load_run(config: Config, folder: Path) -> dict[str, object] | None:
             )
         return None
     state = utils.load_state(folder / "last.pt")
-    if missing := {"config", "model", "optimizers", "schedulers", "log", "wandb_id"} - set(state):
+    needed = {"config", "model", "proxy", "optimizers", "schedulers", "log", "wandb_id"}
+    if missing := needed - set(state):
         raise InputError(
             f"resume: {folder / 'last.pt'} lacks {', '.join(sorted(missing))}; restore a copy of"
             " the file, or train under another --name"
@@ -483,6 +595,7 @@ def restore(
     state: dict[str, object],
     folder: Path,
     model: nn.Module,
+    proxy: Proxy | None,
     optimizers: list[torch.optim.Optimizer],
     schedulers: list[LRScheduler],
 ) -> None:
@@ -491,9 +604,10 @@ def restore(
     Raises:
         InputError: one does not fit.
     """
-    parts = {"model": [model], "optimizers": optimizers, "schedulers": schedulers}
-    for name, targets in parts.items():
-        states = [state[name]] if name == "model" else state[name]
+    alone = {"model": model} | ({"proxy": proxy} if proxy else {})
+    several = {"optimizers": optimizers, "schedulers": schedulers}
+    for name, targets in ({n: [part] for n, part in alone.items()} | several).items():
+        states = [state[name]] if name in alone else state[name]
         try:
             for target, saved in zip(targets, states, strict=True):
                 target.load_state_dict(saved)
@@ -534,15 +648,19 @@ def print_plan(
     )
 
 
-def estimate_step(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+def estimate_step(model: nn.Module, proxy: Proxy | None, images: Tensor, labels: Tensor) -> float:
     """Seconds of a forward and backward pass: on a copy of the model, the shortest of four."""
+    seconds = 0
+    if proxy:  # one pass in four goes backward, which takes two thirds of it
+        seconds = estimate_step(proxy.model, None, images, labels) / 2
+        images, labels = images[: proxy.kept(len(images))], labels[: proxy.kept(len(labels))]
     model = copy.deepcopy(model).train()
-    seconds = []
+    trials = []
     for _ in range(4):  # the first ones warm up
         start = time.perf_counter()
         F.cross_entropy(model(images), labels).backward()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+        trials.append(time.perf_counter() - start)
+    return seconds + min(trials)
 
 
 def progress_bar(config: Config, epoch: int, num_images: int, is_main: bool) -> tqdm:

@@ -72,6 +72,9 @@ BAD_LINES = [
     # the recipe
     ("train.py demo --batch-size 0", ["batch_size", "0", "at least 1"]),
     ("train.py demo --epochs 0", ["epochs", "0", "at least 1"]),
+    ("train.py demo --keep 0", ["keep", "0", "from 0.01 to 1"]),
+    ("train.py --small-share 1.1", ["small_share", "1.1", "from 0 to 1"]),
+    ("train.py --small-share 0.5", ["small_share", "0.5", "28x28", "pool_kernel of 8", "use 0"]),
     ("train.py demo --lr -0.1", ["lr", "-0.1", "from 0 to 1000"]),
     ("train.py demo --lr inf", ["lr", "inf", "from 0 to 1000"]),
     ("train.py demo --momentum 1.5", ["momentum", "1.5", "from 0 to 1"]),

@@ -157,6 +157,14 @@ def test_processes_share_each_global_batch_as_one_process_augments_it():
             assert global_size == size == len(labels)
 
 
+def test_small_batches_are_the_centre_of_the_whole_ones():
+    digits, augmentation = load_dataset("digits"), Augmentation(4, "reflect", 5.0, "random", 0)
+    whole, labels, _ = next(train_batches(digits, augmentation, 50, 0, 1))
+    small, same_labels, _ = next(train_batches(digits, augmentation, 50, 0, 1, size=28))
+    assert torch.equal(small, whole[:, :, 2:30, 2:30])
+    assert torch.equal(labels, same_labels)
+
+
 def test_normalize_gives_zero_mean_and_unit_variance():
     digits = load_dataset("digits")
     pixels = digits.normalize(digits.train.images)

@@ -1,4 +1,6 @@
+import copy
 import csv
+import itertools
 import json
 import math
 import re
@@ -14,7 +16,7 @@ from torch.nn import functional as F
 
 import train as train_script
 import utils
-from data import load_dataset
+from data import load_dataset, train_batches
 from model import ResNet, load_model
 from train import PRESETS, Config, main, make_scheduler, train
 from utils import generator, load_state
@@ -265,7 +267,7 @@ FAST = {  # what sets the preset apart, on a network as small as the demo's
     name: getattr(PRESETS["fast"], name)
     for name in (
         "stem c1 downsample pool_kernel padding optimizer lr momentum adam_lr label_smoothing"
-        " schedule"
+        " schedule keep small_share"
     ).split()
 } | {"width": 1}
 
@@ -297,10 +299,60 @@ def test_killed_run_resumes_to_the_bit(tiny, changes):
     logs = [[{**row, "seconds": ""} for row in read_log(name)] for name in ("whole", "broken")]
     assert logs[0] == logs[1]
     states = [load_state(train_script.CHECKPOINTS / n / "last.pt") for n in ("whole", "broken")]
-    for one, other in zip(states[0]["optimizers"], states[1]["optimizers"], strict=True):
-        for key, buffers in one["state"].items():
-            assert same(buffers, other["state"][key])
-    assert states[0]["schedulers"] == states[1]["schedulers"]
+    if config.keep < 1:
+        assert same(*(state["proxy"]["model"] for state in states))
+        states += [state["proxy"] for state in states]
+    for first, second in zip(states[::2], states[1::2], strict=True):
+        for one, other in zip(first["optimizers"], second["optimizers"], strict=True):
+            for key, buffers in one["state"].items():
+                assert same(buffers, other["state"][key])
+        assert first["schedulers"] == second["schedulers"]
+
+
+# ---------------------------------------------------------------- the proxy
+
+
+def make_proxy(tiny, keep):
+    """A proxy for the digits, and an epoch of them in batches."""
+    data, cpu = load_dataset("digits"), torch.device("cpu")
+    config = replace(tiny, keep=keep)
+    proxy = train_script.Proxy(config, data, cpu, torch.autocast("cpu", enabled=False), steps=9)
+    augmentation = train_script.make_augmentation(config)
+    return proxy, list(itertools.islice(train_batches(data, augmentation, 40, 0, 1), 9))
+
+
+def test_proxy_keeps_the_images_of_the_largest_loss(tiny):
+    proxy, batches = make_proxy(tiny, 0.25)
+    before = copy.deepcopy(proxy.model)
+    images, labels, batch_size = next(proxy.hardest(batches))
+    assert len(images) == len(labels) == batch_size == 10
+    losses = F.cross_entropy(before(batches[0][0]), batches[0][1], reduction="none")
+    order = losses.argsort(descending=True)[:10]
+    assert torch.equal(images, batches[0][0][order])
+    assert torch.equal(labels, batches[0][1][order])
+
+
+def test_proxy_learns_from_every_fourth_batch(tiny):
+    proxy, batches = make_proxy(tiny, 0.5)
+    weights = [proxy.model.linear.weight.detach().clone()]
+    for _ in proxy.hardest(batches):
+        weights.append(proxy.model.linear.weight.detach().clone())
+    changed = [not torch.equal(one, other) for one, other in itertools.pairwise(weights)]
+    assert changed == [True, False, False, False, True, False, False, False, True]
+
+
+def test_small_share_of_the_epochs_sees_the_centre_alone(tiny, monkeypatch):
+    sizes, forward = [], ResNet.forward
+
+    def spy(model, x):
+        if model.training and not x.is_meta:
+            sizes.append(x.shape[-1])
+        return forward(model, x)
+
+    monkeypatch.setattr(ResNet, "forward", spy)
+    monkeypatch.setattr(train_script, "estimate_step", lambda *args: 0)
+    train(replace(tiny, **FAST | {"keep": 1.0, "small_share": 0.5}, epochs=4, limit_steps=2))
+    assert sizes == [28] * 4 + [32] * 4
 
 
 def test_finished_run_resumed_only_tests_again(tiny, capsys):
