@@ -167,7 +167,7 @@ PRESETS = {
         flip="alternating",
         cutout=12,
         small_share=0.72,
-        epochs=88,
+        epochs=84,
         batch_size=2000,
         keep=0.5,
         optimizer="muon",
@@ -239,14 +239,10 @@ def train(config: Config) -> Score:
         print_plan(config, data, device, dtype, world_size, steps, len(log))
         wandb = utils.WandbRun(config.wandb, folder, asdict(config), wandb_id)
         if device.type == "cpu" and len(log) < config.epochs:
-            seconds, todo = 0, config.epochs - len(log)
-            small = max(0, int(config.small_share * config.epochs) - len(log))
-            for epoch, number in ((1, small), (config.epochs, todo - small)):
-                if number:
-                    images, labels, _ = next(iter(batches(epoch)))
-                    with autocast:
-                        step_seconds = estimate_step(model, proxy, images, labels)
-                    seconds += steps * number * step_seconds
+            seconds = steps * sum(
+                number * estimate_step(model, proxy, autocast, next(iter(batches(epoch))))
+                for epoch, number in epochs_of_each_size(config, len(log))
+            )
             print(f"estimated time on this CPU: {utils.duration(seconds)}", flush=True)
 
     for epoch in range(len(log) + 1, config.epochs + 1):
@@ -283,10 +279,8 @@ def train(config: Config) -> Score:
                 folder / "last.pt",
                 {
                     "config": asdict(config),
-                    "model": model.state_dict(),
-                    "proxy": proxy and proxy.state_dict(),
-                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                    "schedulers": [scheduler.state_dict() for scheduler in schedulers],
+                    **get_state(model, optimizers, schedulers),
+                    "proxy": proxy and get_state(proxy.model, proxy.optimizers, proxy.schedulers),
                     "log": log,
                     "wandb_id": wandb.id,
                 },
@@ -409,21 +403,6 @@ class Proxy:
     def kept(self, num_images: int) -> int:
         """How many of `num_images` are trained on, at least one."""
         return max(1, round(self.keep * num_images))
-
-    def state_dict(self) -> dict[str, object]:
-        """All that changes while training."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
-        }
-
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        """Take up what `state_dict` gave."""
-        self.model.load_state_dict(state["model"])
-        for name, parts in (("optimizers", self.optimizers), ("schedulers", self.schedulers)):
-            for part, saved in zip(parts, state[name], strict=True):
-                part.load_state_dict(saved)
 
 
 def make_parallel(model: nn.Module) -> nn.Module:
@@ -574,7 +553,7 @@ def load_run(config: Config, folder: Path) -> dict[str, object] | None:
             )
         return None
     state = utils.load_state(folder / "last.pt")
-    needed = {"config", "model", "proxy", "optimizers", "schedulers", "log", "wandb_id"}
+    needed = {"config", "model", "optimizers", "schedulers", "proxy", "log", "wandb_id"}
     if missing := needed - set(state):
         raise InputError(
             f"resume: {folder / 'last.pt'} lacks {', '.join(sorted(missing))}; restore a copy of"
@@ -591,6 +570,30 @@ def load_run(config: Config, folder: Path) -> dict[str, object] | None:
     return state
 
 
+def get_state(
+    model: nn.Module, optimizers: list[torch.optim.Optimizer], schedulers: list[LRScheduler]
+) -> dict[str, object]:
+    """All that changes while these are trained."""
+    return {
+        "model": model.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "schedulers": [scheduler.state_dict() for scheduler in schedulers],
+    }
+
+
+def set_state(
+    state: dict[str, object],
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    schedulers: list[LRScheduler],
+) -> None:
+    """Load what `get_state` gave."""
+    model.load_state_dict(state["model"])
+    for name, parts in (("optimizers", optimizers), ("schedulers", schedulers)):
+        for part, saved in zip(parts, state[name], strict=True):
+            part.load_state_dict(saved)
+
+
 def restore(
     state: dict[str, object],
     folder: Path,
@@ -602,20 +605,17 @@ def restore(
     """Load a training state into the parts it was taken from.
 
     Raises:
-        InputError: one does not fit.
+        InputError: it does not fit them.
     """
-    alone = {"model": model} | ({"proxy": proxy} if proxy else {})
-    several = {"optimizers": optimizers, "schedulers": schedulers}
-    for name, targets in ({n: [part] for n, part in alone.items()} | several).items():
-        states = [state[name]] if name in alone else state[name]
-        try:
-            for target, saved in zip(targets, states, strict=True):
-                target.load_state_dict(saved)
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise InputError(
-                f"resume: the {name} in {folder / 'last.pt'} does not fit ({first_line(error)});"
-                " restore a copy of the file, or train under another --name"
-            ) from None
+    try:
+        set_state(state, model, optimizers, schedulers)
+        if proxy:
+            set_state(state["proxy"], proxy.model, proxy.optimizers, proxy.schedulers)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"resume: what is in {folder / 'last.pt'} does not fit ({first_line(error)});"
+            " restore a copy of the file, or train under another --name"
+        ) from None
 
 
 # ---------------------------------------------------------------- what is printed and recorded
@@ -648,19 +648,40 @@ def print_plan(
     )
 
 
-def estimate_step(model: nn.Module, proxy: Proxy | None, images: Tensor, labels: Tensor) -> float:
-    """Seconds of a forward and backward pass: on a copy of the model, the shortest of four."""
-    seconds = 0
-    if proxy:  # one pass in four goes backward, which takes two thirds of it
-        seconds = estimate_step(proxy.model, None, images, labels) / 2
-        images, labels = images[: proxy.kept(len(images))], labels[: proxy.kept(len(labels))]
+def epochs_of_each_size(config: Config, done: int) -> list[tuple[int, int]]:
+    """For small images, then for whole ones: an epoch that has them, and how many are to come."""
+    small = max(0, int(config.small_share * config.epochs) - done)
+    whole = config.epochs - done - small
+    return [(epoch, number) for epoch, number in ((1, small), (config.epochs, whole)) if number]
+
+
+def estimate_step(
+    model: nn.Module,
+    proxy: Proxy | None,
+    autocast: torch.autocast,
+    batch: tuple[Tensor, Tensor, int],
+) -> float:
+    """Seconds of a step on `batch`, without the optimizer."""
+    images, labels, _ = batch
+    if not proxy:
+        return time_step(model, autocast, images, labels)
+    # A proxy goes only forward for three batches of four; going backward is two thirds of a step.
+    seconds = time_step(proxy.model, autocast, images, labels) / 2
+    kept = proxy.kept(len(labels))
+    return seconds + time_step(model, autocast, images[:kept], labels[:kept])
+
+
+def time_step(model: nn.Module, autocast: torch.autocast, images: Tensor, labels: Tensor) -> float:
+    """Seconds of a forward and backward pass on a copy of `model`, the shortest of four."""
     model = copy.deepcopy(model).train()
-    trials = []
+    seconds = []
     for _ in range(4):  # the first ones warm up
         start = time.perf_counter()
-        F.cross_entropy(model(images), labels).backward()
-        trials.append(time.perf_counter() - start)
-    return seconds + min(trials)
+        with autocast:
+            loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def progress_bar(config: Config, epoch: int, num_images: int, is_main: bool) -> tqdm:
