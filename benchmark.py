@@ -6,7 +6,8 @@
 The classical script is what such repositories do: torchvision transforms on PIL images in
 DataLoader workers, float32 in the default memory format, `loss.item()` in every step. Both train
 the same network on the same noise, each in a process of its own, taking turns; a figure is the
-median of the rounds, with the smallest and the largest behind it. No data set is needed.
+median of the rounds, with the smallest and the largest behind it. No data set is needed. Images are
+those that are trained on: of a preset with a proxy, what it costs to find them is counted as ours.
 """
 
 import contextlib
@@ -72,13 +73,17 @@ class Ours:
         self.criterion = train.make_criterion(config)
         self.optimizers = train.make_optimizers(self.model, config)
         self.augmentation = train.make_augmentation(config)
+        self.keep, self.proxy = config.keep, None
+        if self.keep < 1:  # so many steps that its learning rate hardly falls
+            self.proxy = train.Proxy(config, self.data, self.device, self.autocast, steps=10_000)
         self.fixed = {}
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor, int]]:
-        """Augmented batches without end."""
+        """Augmented batches without end, of which `batch_size` images each are trained on."""
+        num_images = round(batch_size / self.keep)
         for epoch in itertools.count(1):
-            for batch in train_batches(self.data, self.augmentation, batch_size, 0, epoch):
-                if batch[2] == batch_size:
+            for batch in train_batches(self.data, self.augmentation, num_images, 0, epoch):
+                if batch[2] == num_images:
                     yield batch
 
     def same_batch(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor, int]]:
@@ -92,6 +97,8 @@ class Ours:
         self.model.train()
         bar = tqdm(disable=True)
         some = itertools.islice(batches, num_steps)
+        if self.proxy:
+            some = self.proxy.hardest(some)
         train.train_one_epoch(
             self.model, self.criterion, self.optimizers, [], some, self.autocast, 1, bar
         )
@@ -299,7 +306,7 @@ def benchmark(
 
     Args:
         preset: A preset of train.py.
-        batch_size: Images per step; 0 for the preset's.
+        batch_size: Images that a step trains on; 0 for as many as the preset's.
         compile: Run our network through torch.compile.
         json: Also write the result to this file.
 
@@ -311,11 +318,12 @@ def benchmark(
     """
     if preset not in PRESETS:
         raise InputError(f"preset: {preset!r} is not one of {', '.join(PRESETS)}")
-    utils.check_integer("batch_size", batch_size, 0, 50_000)
     if sys.platform == "win32":
         raise InputError("platform: Windows does not tell a peak of memory; use Linux or macOS")
     config = replace(PRESETS[preset], compile=compile)
+    utils.check_integer("batch_size", batch_size, 0, int(50_000 * config.keep))
     batch_size = batch_size or round(config.keep * config.batch_size)
+    fewest = 4 if config.keep < 1 else 1  # a proxy learns in the first step of every four
     device, _, _ = utils.init_processes()
     dtype = train.compute_dtype(config, device)
     cost = model_cost(**config.architecture())
@@ -333,7 +341,7 @@ def benchmark(
         peaks = [matmul_peak(dtype, device), matmul_peak(torch.float32, device)]  # FLOP/s
         rates = {}  # images/s, by measurement, of both, in each round
         for name, label in MEASUREMENTS.items():
-            rates[name] = compare(workers, name, batch_size)
+            rates[name] = compare(workers, name, batch_size, fewest)
             print_rates(f"{label}, images/s", rates[name])
             if name == "epoch":
                 memory = [worker("memory") for worker in workers]
@@ -354,13 +362,13 @@ def benchmark(
             if size * cost.activation_bytes > memory_limit(device):
                 print(f"step, batch {size}: left out, it might not fit into the memory")
                 continue
-            scaling[size] = compare(workers, "step", size, rounds=3)
+            scaling[size] = compare(workers, "step", size, fewest, rounds=3)
             print_rates(f"step, batch {size}, images/s", scaling[size])
         threads = {}
         for number in sorted({1, torch.get_num_threads()}) if device.type == "cpu" else ():
             for worker in workers:
                 worker("threads", number)
-            threads[number] = compare(workers, "step", batch_size, rounds=3)
+            threads[number] = compare(workers, "step", batch_size, fewest, rounds=3)
             print_rates(f"step on {number} thread{'s' * (number > 1)}, images/s", threads[number])
     finally:
         for worker in workers:
@@ -387,15 +395,15 @@ def benchmark(
 
 
 def compare(
-    workers: list[Worker], name: str, batch_size: int, rounds: int = ROUNDS
+    workers: list[Worker], name: str, batch_size: int, fewest: int, rounds: int = ROUNDS
 ) -> list[list[float]]:
-    """Images per second of each worker in each round, the workers taking turns."""
+    """Images per second of each worker in each round of at least `fewest` steps, in turns."""
     num_steps = []
     for worker in workers:
         worker(name, batch_size, 1)  # warms up
         trial = WARM_BATCHES if name == "data" else 1
         seconds = worker(name, batch_size, trial) / trial
-        num_steps.append(max(1, round(SECONDS / seconds)))
+        num_steps.append(max(fewest, round(SECONDS / seconds)))
     rates = [[] for _ in workers]
     for _ in range(rounds):
         for worker, steps, rate in zip(workers, num_steps, rates, strict=True):

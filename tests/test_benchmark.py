@@ -1,10 +1,12 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import benchmark
 import plots
+import train
 from benchmark import Classical, Ours
 from train import PRESETS
 from utils import InputError
@@ -32,6 +34,22 @@ def test_both_are_measured_in_processes_of_their_own(quick, capsys):
     assert max(map(len, output.splitlines())) <= 80
     for label in (*benchmark.MEASUREMENTS.values(), "peak memory", "share of matmul peak"):
         assert label in output
+
+
+def test_the_proxys_work_is_counted(monkeypatch):
+    """A step of 16 trained images draws 32, and the proxy looks at all of them."""
+    seen, hardest = [], train.Proxy.hardest
+
+    def spy(proxy, batches):
+        for batch in hardest(proxy, (seen.append(len(b[1])) or b for b in batches)):
+            seen.append(len(batch[1]))
+            yield batch
+
+    monkeypatch.setattr(train.Proxy, "hardest", spy)
+    contestant = Ours(replace(PRESETS["demo"], keep=0.5))
+    contestant.steps(contestant.batches(16), 2)
+    contestant.steps(contestant.same_batch(16), 1)
+    assert seen == [32, 16] * 3
 
 
 def test_contestants_train_the_same_network_on_the_same_kind_of_batch():

@@ -164,7 +164,7 @@ def test_run_folder_holds_what_the_readme_promises(demo):
     assert [int(row["epoch"]) for row in rows] == list(range(1, 16))
     assert float(rows[0]["train_loss"]) > float(rows[-1]["train_loss"])
     assert set(load_state(folder / "last.pt")) == {
-        "config", "model", "optimizers", "schedulers", "log", "wandb_id",
+        "config", "model", "proxy", "optimizers", "schedulers", "log", "wandb_id",
     }  # fmt: skip
 
 
