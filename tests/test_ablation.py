@@ -1,0 +1,51 @@
+import csv
+
+import pytest
+
+import train
+import utils
+from docs import ablation
+
+
+@pytest.mark.parametrize("change", ablation.CHANGES)
+def test_every_run_can_be_trained_and_validated(change):
+    config = ablation.configuration(change, seed=1)
+    train.check_config(config)
+    assert (config.seed, config.val_size > 0, config.resume) == (1, True, False)
+    unchanged = ablation.configuration("base", seed=1)
+    assert (config.name == unchanged.name) == (change == "base")
+
+
+def test_table_holds_the_mean_of_the_seeds_beside_the_base(tmp_path, monkeypatch, capsys):
+    accuracy = {"base": 80.0, "proxy": 81.5}
+    configs = []
+
+    def fake_train(config):
+        configs.append(config)
+        change = config.name.split("-")[1]
+        rows = [
+            {"seconds": 30.0, "val_loss": 1.0, "val_accuracy": 10.0},
+            {"seconds": 60.0, "val_loss": 0.5, "val_accuracy": accuracy[change] + config.seed},
+        ]
+        utils.write_csv(ablation.CHECKPOINTS / config.name / "log.csv", rows)
+        (ablation.CHECKPOINTS / config.name / "last.pt").touch()
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ablation, "train", fake_train)
+    monkeypatch.setattr(ablation, "CHANGES", {name: ablation.CHANGES[name] for name in accuracy})
+    for resume in (False, True):  # what was trained before goes on
+        ablation.main([])
+        assert [c.resume for c in configs[-4:]] == [resume] * 4
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[-2:] == [
+            "| base | 2 | 1.5 | 80.50% (80.00, 81.00) | +0.00 |",
+            "| proxy | 2 | 1.5 | 82.00% (81.50, 82.50) | +1.50 |",
+        ]
+    with (tmp_path / "docs" / "ablation.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["change"], row["seed"], row["val_accuracy"]) for row in rows] == [
+        ("base", "0", "80.0"),
+        ("proxy", "0", "81.5"),
+        ("base", "1", "81.0"),
+        ("proxy", "1", "82.5"),
+    ]
