@@ -157,8 +157,8 @@ def accuracy_over_time(
     axes.plot([start, total], [accuracy, published], ":", color=ORANGE)
     axes.plot(total, published, "o", color=ORANGE, fillstyle="none")
     axes.annotate(
-        f"{published}% on the test set, as published,\nin {total / 60:.0f} hours, as projected",
-        (total, published), xytext=(-14, 6), textcoords="offset points", ha="right", va="top",
+        f"{published}% as published\n(on the test set),\n{total / 60:.0f} hours as projected",
+        (total, published), xytext=(36, -60), textcoords="offset points", ha="right", va="top",
     )  # fmt: skip
     axes.annotate(
         f"{ends[0][1]:.2f}%\n{ends[0][0]:.0f} minutes", ends[0],
