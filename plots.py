@@ -5,7 +5,6 @@
 Figures are made without pyplot, so no window system, global state or backend is touched.
 """
 
-import csv
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Polygon
 from matplotlib.ticker import MaxNLocator
 from torch import nn
 
-from utils import atomic_path, run_script
+from utils import atomic_path, read_csv, run_script
 
 # Okabe & Ito's palette, told apart by colour-blind readers too (jfly.uni-koeln.de/color).
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
@@ -26,12 +25,6 @@ def save(figure: Figure, path: str | Path) -> None:
     """Write a figure as PNG at 150 dots per inch, whole or not at all."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
-
-
-def read_csv(path: str | Path) -> list[dict[str, str]]:
-    """The rows of a CSV file with a header."""
-    with Path(path).open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def learning_curves(log: list[dict[str, float | None]], path: str | Path, title: str) -> None:

@@ -167,6 +167,12 @@ def write_csv(path: Path, rows: list[dict[str, object]]) -> None:
         writer.writerows(rows)
 
 
+def read_csv(path: str | Path) -> list[dict[str, str]]:
+    """The rows of a CSV file with a header."""
+    with Path(path).open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def save_state(path: Path, state: dict[str, object]) -> None:
     """Write a training state of tensors and plain values, whole or not at all."""
     with atomic_path(path) as temporary:

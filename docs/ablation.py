@@ -12,7 +12,6 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
-import plots
 import utils
 from train import CHECKPOINTS, PRESETS, Config, train
 
@@ -53,7 +52,7 @@ def run(change: str, seed: int) -> dict[str, object]:
     """Train it; what its log says."""
     config = configuration(change, seed)
     train(config)
-    log = plots.read_csv(CHECKPOINTS / config.name / "log.csv")
+    log = utils.read_csv(CHECKPOINTS / config.name / "log.csv")
     minutes = sum(float(row["seconds"]) for row in log) / 60
     return {
         "change": change,
@@ -71,15 +70,15 @@ def main(_args: list[str]) -> None:
     utils.write_csv(Path("docs/ablation.csv"), rows)
     print("\n| change | epochs | minutes | validation accuracy | against the base |")
     print("|---|---|---|---|---|")
+    base = statistics.mean(row["val_accuracy"] for row in rows if row["change"] == "base")
     for change in CHANGES:
         found = [row for row in rows if row["change"] == change]
         each = [row["val_accuracy"] for row in found]
-        base = [row["val_accuracy"] for row in rows if row["change"] == "base"]
         minutes = statistics.mean(row["minutes"] for row in found)
         print(
             f"| {change} | {found[0]['epochs']} | {minutes:.1f}"
             f" | {statistics.mean(each):.2f}% ({', '.join(f'{a:.2f}' for a in each)})"
-            f" | {statistics.mean(each) - statistics.mean(base):+.2f} |"
+            f" | {statistics.mean(each) - base:+.2f} |"
         )
 
 
