@@ -323,7 +323,7 @@ def benchmark(
     config = replace(PRESETS[preset], compile=compile)
     utils.check_integer("batch_size", batch_size, 0, int(50_000 * config.keep))
     batch_size = batch_size or round(config.keep * config.batch_size)
-    fewest = 4 if config.keep < 1 else 1  # a proxy learns in the first step of every four
+    fewest = train.PROXY_INTERVAL if config.keep < 1 else 1  # with one step that a proxy learns in
     device, _, _ = utils.init_processes()
     dtype = train.compute_dtype(config, device)
     cost = model_cost(**config.architecture())

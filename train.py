@@ -43,6 +43,7 @@ from utils import (
 CHECKPOINTS = Path("checkpoints")
 ADAM_BETAS = (0.9, 0.95)
 SMALL_SIZE = 28  # pixels; after a whitening stem it pools to 27, 13, 6 and 3, as 32 to 3
+PROXY_INTERVAL = 4  # steps: a proxy learns from the first of as many
 LOG_INTERVAL = 20  # steps between looks at the running loss: each look waits for the device
 
 
@@ -352,8 +353,8 @@ def mean_metrics(
 class Proxy:
     """A narrow copy of the network (width 1) that picks the images worth a step of the network.
 
-    It looks at every batch and learns from every fourth, from what it picks: the images of the
-    largest loss. Late in a training most images are easy and would teach the network little
+    It looks at every batch and learns from every fourth (PROXY_INTERVAL), from what it picks: the
+    images of the largest loss. Late in a training most are easy and would teach the network little
     (Jordan, airbench96_faster, github.com/KellerJordan/cifar10-airbench, 2024).
     """
 
@@ -384,7 +385,7 @@ class Proxy:
         """
         self.model.train()
         for step, (images, labels, batch_size) in enumerate(batches):
-            learns = step % 4 == 0
+            learns = step % PROXY_INTERVAL == 0
             with torch.set_grad_enabled(learns):
                 with self.autocast:
                     logits = self.parallel(images).float()
@@ -665,8 +666,9 @@ def estimate_step(
     images, labels, _ = batch
     if not proxy:
         return time_step(model, autocast, images, labels)
-    # A proxy goes only forward for three batches of four; going backward is two thirds of a step.
-    seconds = time_step(proxy.model, autocast, images, labels) / 2
+    # Going forward, as a proxy does in every step, is a third of one.
+    share = (1 + 2 / PROXY_INTERVAL) / 3
+    seconds = share * time_step(proxy.model, autocast, images, labels)
     kept = proxy.kept(len(labels))
     return seconds + time_step(model, autocast, images[:kept], labels[:kept])
 
