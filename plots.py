@@ -76,6 +76,49 @@ def confusion_matrix(
     save(figure, path)
 
 
+def calibration(
+    count: np.ndarray, confidence: np.ndarray, accuracy: np.ndarray, path: str | Path, title: str
+) -> None:
+    """Accuracy over confidence, on the diagonal where a model is well calibrated; and how many.
+
+    Args:
+        count: (B,) images in each of B bins of equal width by confidence.
+        confidence: (B,) their mean confidence, percent.
+        accuracy: (B,) how many of them are right, percent.
+    """
+    figure = Figure(figsize=(5.4, 5), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    width = 100 / len(count)
+    middle = width * (np.arange(len(count)) + 0.5)
+    filled = count > 0
+    top.bar(middle, accuracy, 0.9 * width, color=BLUE, alpha=0.4, label="right")
+    top.plot(
+        confidence[filled], accuracy[filled], "o", color=BLUE, label="at their mean confidence"
+    )
+    top.plot([0, 100], [0, 100], "--", color=GREY, label="well calibrated")
+    top.set(ylabel="right, %", ylim=(0, 102), xlim=(0, 102))
+    top.legend(frameon=False, loc="upper left")
+    bottom.bar(middle, count, 0.9 * width, color=GREY)
+    bottom.set(xlabel="confidence, %", ylabel="images")
+    for axes in (top, bottom):
+        axes.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+
+
+def mistakes(images: np.ndarray, captions: list[str], path: str | Path, title: str) -> None:
+    """The images, (N, S, S, 3) uint8, in rows of six, each under its caption."""
+    rows = max(1, -(-len(images) // 6))
+    figure = Figure(figsize=(10, 1.9 * rows + 0.5), layout="constrained")
+    figure.suptitle(f"{title}; its most confident mistakes")
+    for axes in figure.subplots(rows, 6, squeeze=False).flat:
+        axes.axis("off")
+    for axes, image, caption in zip(figure.axes, images, captions, strict=False):
+        axes.imshow(image)
+        axes.set_title(caption, fontsize=8)
+    save(figure, path)
+
+
 def benchmark(result: dict[str, object], path: str | Path) -> None:
     """Speed and memory of our loop beside the classical script's, as benchmark.py measured them."""
     figure = Figure(figsize=(10, 3.4), layout="constrained")

@@ -2,38 +2,45 @@
 
     python test.py                                   # the newest run, else a released model
     python test.py checkpoints/try/model.safetensors --tta --json result.json
+    python test.py checkpoints/try-0 --compare checkpoints/try-1  # is one of them better?
 
 Everything it needs is in the checkpoint; the Config that trained it is not consulted.
 """
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import plots
 import utils
-from data import load_dataset
+from data import Dataset, load_dataset
 from model import load_model, model_cost
 from utils import InputError, Score
 
 CHECKPOINTS = Path("checkpoints")
+CALIBRATION_BINS = 15  # as in Guo et al., arXiv:1706.04599
+NUM_MISTAKES = 24  # shown in their figure
+FIGURES = ("confusion", "calibration", "mistakes")
 
 
 def test(
     checkpoint: Path = CHECKPOINTS,
     /,
     tta: bool = False,
+    compare: Path | None = None,
     json: str = "",
     data_dir: str = "data",
     download: bool = True,
 ) -> dict[str, object]:
-    """Accuracy, loss and cost of a saved network, per class and as a confusion matrix.
+    """Accuracy, loss, calibration and cost of a saved network; what it takes for what.
 
     Args:
         checkpoint: A .safetensors file, or a folder: its newest run, else a released model.
         tta: Also test with the flipped view, logits averaged; reported apart.
+        compare: Another checkpoint, to tell whether their difference is real.
         json: Also write the result to this file.
         data_dir: Folder that holds CIFAR-10, or receives it.
         download: Fetch CIFAR-10 if it is not in data_dir.
@@ -45,43 +52,64 @@ def test(
         InputError: the checkpoint or the data is missing, damaged or foreign.
     """
     path = find_checkpoint(checkpoint)
-    model, info = load_model(path)
+    other_path = find_checkpoint(compare) if compare else None
     if json and Path(json).is_dir():
         raise InputError(f"json: {json} is a folder; name a file")
+    model, info = load_model(path)
+    other, other_info = load_model(other_path) if compare else (None, None)
     data = load_dataset(info.get("dataset"), data_dir, download=download)
-    if info["class_names"] != list(data.class_names):
-        raise InputError(f"checkpoint: {path} knows other classes than {data.name} has")
-    if info.get("data_fingerprint") != data.fingerprint:
-        utils.warn(f"this copy of {data.name} is not the one that {path} was trained with")
+    check_data(path, info, data)
+    if compare:
+        check_data(other_path, other_info, data)
 
     device, _, _ = utils.init_processes()
-    model = model.to(device)
-    data = replace(data, mean=tuple(info["mean"]), std=tuple(info["std"])).to(device)
+    data = data.to(device)
     cost = model_cost(**model.architecture)
     print(
         f"{path.as_posix()}: {info.get('preset')} network, {cost.num_params:,} parameters,"
         f" {cost.macs / 1e6:,.1f} M MACs, {info.get('epochs')} epochs of {data.name}"
     )
-    logits = utils.evaluate(model, data.test.images, data.normalize)
-    plain = utils.score(logits, data.test.labels)
+    logits = classify(model, info, data)
+    labels = data.test.labels
+    plain = utils.score(logits, labels)
     print(f"test accuracy: {plain}")
     mirrored = None
     if tta:
-        both = utils.evaluate(model, data.test.images, data.normalize, flip_tta=True)
-        mirrored = utils.score(both, data.test.labels)
+        mirrored = utils.score(classify(model, info, data, flip_tta=True), labels)
         print(f"with the flipped view (TTA): {mirrored}")
-
-    counts = confusion(logits.argmax(1), data.test.labels, len(data.class_names))
+    bins = calibrate(logits, labels)
+    print(
+        f"expected calibration error: {bins.error:.2f} points (mean confidence"
+        f" {bins.mean_confidence:.2f}%)"
+    )
+    counts = confusion(logits.argmax(1), labels, len(data.class_names))
     print_per_class(counts, data.class_names)
-    figure = path.with_name(f"{path.stem}_confusion.png")
+
     title = f"{path.as_posix()}: {plain.accuracy:.2f}%"
-    plots.confusion_matrix(counts.numpy(), data.class_names, figure, title)
-    print(f"confusion matrix: {figure.as_posix()}")
+    figures = [path.with_name(f"{path.stem}_{name}.png") for name in FIGURES]
+    plots.confusion_matrix(counts.numpy(), data.class_names, figures[0], title)
+    plots.calibration(bins.count, bins.confidence, bins.accuracy, figures[1], title)
+    plots.mistakes(*worst_mistakes(logits, data), figures[2], title)
+    for figure in figures:
+        print(f"figure: {figure.as_posix()}")
+
+    comparison = None
+    if compare:
+        other_logits = classify(other, other_info, data)
+        comparison = mcnemar(logits, other_logits, labels)
+        print(f"\n{other_path.as_posix()}: {utils.score(other_logits, labels)}")
+        print(
+            f"right with the first alone {comparison['only_first']:,}, with the second alone"
+            f" {comparison['only_second']:,}\nMcNemar's exact test: p = {comparison['p']:.2g}"
+        )
 
     result = {
         "checkpoint": path.as_posix(),
         **summary(plain),
         "tta": mirrored and summary(mirrored),
+        "mean_confidence": bins.mean_confidence,  # percent
+        "calibration_error": bins.error,  # points
+        "compared_with": comparison and {"checkpoint": other_path.as_posix(), **comparison},
         **asdict(cost),
         "dataset": data.name,
         "data_fingerprint": data.fingerprint,
@@ -92,6 +120,23 @@ def test(
     if json:
         utils.write_json(Path(json), result)
     return result
+
+
+def check_data(path: Path, info: dict[str, object], data: Dataset) -> None:
+    """Raise InputError if the model cannot be tested on `data`; warn if it is another copy."""
+    if info["class_names"] != list(data.class_names):
+        raise InputError(f"checkpoint: {path} knows other classes than {data.name} has")
+    if info.get("data_fingerprint") != data.fingerprint:
+        utils.warn(f"this copy of {data.name} is not the one that {path} was trained with")
+
+
+def classify(
+    model: nn.Module, info: dict[str, object], data: Dataset, flip_tta: bool = False
+) -> Tensor:
+    """Logits of the test images, (N, C), which are normalised as the model's metadata says."""
+    data = replace(data, mean=tuple(info["mean"]), std=tuple(info["std"]))
+    images = data.test.images
+    return utils.evaluate(model.to(images.device), images, data.normalize, flip_tta)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -116,6 +161,73 @@ def find_checkpoint(path: Path) -> Path:
 def summary(score: Score) -> dict[str, object]:
     """A score as JSON values; accuracy and its 95% interval in percent."""
     return {"accuracy": score.accuracy, "interval": score.interval} | asdict(score)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Images in bins of equal width by confidence, which is the probability of the prediction."""
+
+    count: np.ndarray  # (CALIBRATION_BINS,) images in each bin
+    confidence: np.ndarray  # (CALIBRATION_BINS,) their mean confidence, percent; 0 if empty
+    accuracy: np.ndarray  # (CALIBRATION_BINS,) how many of them are right, percent; 0 if empty
+
+    @property
+    def mean_confidence(self) -> float:
+        """Mean confidence of all images, percent; over the accuracy if the model is too sure."""
+        return float(np.average(self.confidence, weights=self.count))
+
+    @property
+    def error(self) -> float:
+        """Expected calibration error: the gap between the two, in points, mean of the images."""
+        return float(np.average(np.abs(self.accuracy - self.confidence), weights=self.count))
+
+
+def calibrate(logits: Tensor, labels: Tensor) -> Calibration:
+    """How far a model's probabilities can be believed (Guo et al., arXiv:1706.04599)."""
+    confidence, predicted = logits.cpu().double().softmax(1).max(1)
+    right = predicted == labels.cpu()
+    # Bins are closed above, so that certainty falls into the last one.
+    place = (confidence * CALIBRATION_BINS).ceil().long().clamp(1) - 1
+    count = np.bincount(place, minlength=CALIBRATION_BINS)
+    means = (
+        100 * np.bincount(place, values, CALIBRATION_BINS) / count.clip(1)
+        for values in (confidence, right)
+    )
+    return Calibration(count, *means)
+
+
+def mcnemar(first: Tensor, second: Tensor, labels: Tensor) -> dict[str, float]:
+    """Whether two models' accuracies on the same images differ by more than chance.
+
+    Only images that one alone gets right tell them apart, and if both are equally good, each of
+    those is either's with probability 1/2 (McNemar 1947, the exact test). It compares two networks,
+    not their recipes: how those differ shows in several seeds of each.
+
+    Returns:
+        only_first, only_second: images that one alone gets right. p: two-sided.
+    """
+    from scipy.stats import binomtest
+
+    right, other_right = first.argmax(1) == labels, second.argmax(1) == labels
+    only_first = (right & ~other_right).sum().item()
+    only_second = (other_right & ~right).sum().item()
+    either = only_first + only_second
+    p = binomtest(only_first, either).pvalue if either else 1.0
+    return {"only_first": only_first, "only_second": only_second, "p": float(p)}
+
+
+def worst_mistakes(logits: Tensor, data: Dataset) -> tuple[np.ndarray, list[str]]:
+    """The wrong predictions of the largest confidence: images, (M, 32, 32, 3), and captions."""
+    confidence, predicted = logits.softmax(1).max(1)
+    wrong = (predicted != data.test.labels).nonzero().flatten()
+    worst = wrong[confidence[wrong].argsort(descending=True, stable=True)][:NUM_MISTAKES]
+    names = data.class_names
+    captions = [
+        f"{names[data.test.labels[i]]},\ntaken for {names[predicted[i]]}"
+        f" ({100 * confidence[i]:.0f}%)"
+        for i in worst.tolist()
+    ]
+    return data.test.images[worst].permute(0, 2, 3, 1).cpu().numpy(), captions
 
 
 def confusion(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:

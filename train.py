@@ -13,6 +13,7 @@ import copy
 import itertools
 import math
 import re
+import statistics
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import torch
+from scipy.stats import t as student_t
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -124,6 +126,8 @@ class Config:
     """Folder of the run: checkpoints/NAME."""
     seed: int = 0
     """Decides the initial weights, the order of the images, the augmentation and the dropout."""
+    seeds: int = 1
+    """Networks to train one after the other, as NAME-0, NAME-1 and so on, with seeds from SEED."""
     resume: bool = False
     """Go on with the run in checkpoints/NAME from its last whole epoch."""
     bfloat16: bool = True
@@ -202,6 +206,8 @@ def train(config: Config) -> Score:
         DivergenceError: the loss is no longer finite.
     """
     check_config(config)
+    if config.seeds > 1:
+        raise InputError(f"seeds: {config.seeds} networks are not one; call train_seeds")
     device, rank, world_size = utils.init_processes()
     is_main = rank == 0  # the process that prints and writes
     folder = CHECKPOINTS / config.name
@@ -299,6 +305,36 @@ def train(config: Config) -> Score:
         print(f"test accuracy: {test}")
         print(f"next: python test.py {(folder / 'model.safetensors').as_posix()}")
     return test
+
+
+def train_seeds(config: Config) -> list[Score]:
+    """Train `config.seeds` networks that differ in their seed; their scores on the test set.
+
+    Prints the mean and standard deviation of their accuracies, and the 95% interval of the mean by
+    Student's t. With `resume`, a run that was cut off goes on and a finished one is only tested.
+
+    Raises:
+        InputError: one of them cannot be trained; nothing was written.
+        DivergenceError: a loss is no longer finite; the runs before it are whole.
+    """
+    runs = []
+    for seed in range(config.seed, config.seed + config.seeds):
+        name = f"{config.name}-{seed}"
+        started = seed == config.seed or (CHECKPOINTS / name / "last.pt").exists()
+        resume = config.resume and started
+        runs.append(replace(config, name=name, seed=seed, seeds=1, resume=resume))
+        check_config(runs[-1])
+        load_run(runs[-1], CHECKPOINTS / name)  # nothing may be in the way hours later
+    scores = [train(run) for run in runs]
+    accuracies = [score.accuracy for score in scores]
+    mean, std = statistics.mean(accuracies), statistics.stdev(accuracies)
+    low, high = student_t.interval(0.95, len(runs) - 1, mean, std / math.sqrt(len(runs)))
+    if utils.is_main():
+        print(
+            f"{len(runs)} seeds: test accuracy {mean:.2f} ± {std:.2f}% (standard deviation); 95%"
+            f" interval of the mean {low:.2f} to {high:.2f}"
+        )
+    return scores
 
 
 def train_one_epoch(
@@ -494,7 +530,7 @@ def check_config(config: Config) -> None:
         raise InputError(
             f"name: {config.name!r} is no plain folder name; use letters, digits and . _ -"
         )
-    for name in ("epochs", "batch_size", "restart_period", "max_params"):
+    for name in ("epochs", "batch_size", "restart_period", "max_params", "seeds"):
         check_integer(name, getattr(config, name), 1)
     for name in ("val_size", "limit_steps"):
         check_integer(name, getattr(config, name), 0)
@@ -562,7 +598,9 @@ def load_run(config: Config, folder: Path) -> dict[str, object] | None:
         )
     free = {"name", "data_dir", "download", "max_params", "resume", "compile", "wandb"}
     for field in fields(config):
-        old, new = state["config"].get(field.name), getattr(config, field.name)
+        # A constant that the run does not know came after it, with a default that changes nothing.
+        old = state["config"].get(field.name, field.default)
+        new = getattr(config, field.name)
         if old != new and field.name not in free:
             raise InputError(
                 f"{field.name}: {new!r}, but the run in {folder} was started with {old!r};"
@@ -754,7 +792,7 @@ def main(args: list[str]) -> None:
         prog=f"train.py [{'|'.join(PRESETS)}]",
         description=f"Train a network; the defaults shown are those of the preset {preset}.",
     )
-    train(config)
+    train_seeds(config) if config.seeds > 1 else train(config)
 
 
 if __name__ == "__main__":

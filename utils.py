@@ -301,6 +301,11 @@ def num_processes() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def is_main() -> bool:
+    """Whether this is the process that prints and writes."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def sum_over_processes(tensor: Tensor) -> Tensor:
     """`tensor`, summed in place over all processes; itself where there is one."""
     if dist.is_initialized():

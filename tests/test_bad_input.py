@@ -85,6 +85,9 @@ BAD_LINES = [
     ("train.py demo --name .hidden", ["name", "'.hidden'", "letters, digits"]),
     ("train.py demo --name=", ["name", "''", "letters, digits"]),
     ("train.py demo --seed -1", ["seed", "-1", "from 0 to 4294967295"]),
+    ("train.py demo --seeds 0", ["seeds", "0", "at least 1"]),
+    ("train.py demo --seeds 2 --seed 4294967295", ["seed", "4294967296", "to 4294967295"]),
+    ("train.py demo --seeds 2 --resume", ["resume", "demo-0/last.pt", "does not exist"]),
     ("train.py demo --limit-steps -1", ["limit_steps", "-1", "at least 0"]),
     ("train.py demo --resume", ["resume", "last.pt", "does not exist", "without --resume"]),
     # test.py
@@ -92,6 +95,7 @@ BAD_LINES = [
     ("test.py nothing.safetensors", ["checkpoint", "nothing.safetensors", "does not exist"]),
     ("test.py --tta nothing.safetensors extra", ["extra", "-h"]),
     ("test.py --verbose", ["--verbose", "-h"]),
+    ("test.py --compare", ["--compare", "-h"]),
     ("test.py --json", ["--json", "-h"]),
 ]
 

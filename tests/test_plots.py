@@ -67,6 +67,28 @@ def test_confusion_matrix_writes_every_count_in_its_cell(figures):
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
 
 
+def test_calibration_is_drawn_for_bins_that_hold_images(figures):
+    count, confidence, accuracy = map(np.array, ([2, 0, 6], [30.0, 0.0, 90.0], [50.0, 0.0, 80.0]))
+    plots.calibration(count, confidence, accuracy, "calibration.png", "title")
+    top, bottom = figures[0].axes
+    assert [bar.get_height() for bar in top.patches] == [50, 0, 80]
+    assert [bar.get_height() for bar in bottom.patches] == [2, 0, 6]
+    at_mean, diagonal = top.lines
+    assert (list(at_mean.get_xdata()), list(at_mean.get_ydata())) == ([30, 90], [50, 80])
+    assert list(diagonal.get_xdata()) == list(diagonal.get_ydata()) == [0, 100]
+
+
+@pytest.mark.parametrize("number", [0, 1, 8])
+def test_mistakes_stand_under_their_captions(figures, number):
+    images = np.arange(number * 32 * 32 * 3, dtype=np.uint8).reshape(number, 32, 32, 3)
+    plots.mistakes(images, [f"cat {i}" for i in range(number)], "m.png", "title")
+    shown = [axes for axes in figures[0].axes if axes.images]
+    assert len(shown) == number
+    for i, axes in enumerate(shown):
+        assert (axes.images[0].get_array() == images[i]).all()
+        assert axes.get_title() == f"cat {i}"
+
+
 @pytest.mark.parametrize(
     "arguments",
     [{}, {"num_blocks": (2,), "width": 1, "c1": 8}, {"num_blocks": (1, 2, 1, 1), "pool_kernel": 2}],

@@ -23,7 +23,8 @@ def test_two_commands_do_all_the_set_up():
 def test_training_commands_are_accepted(line, monkeypatch):
     assert len(COMMANDS) >= 8
     configs = []
-    monkeypatch.setattr(train_script, "train", configs.append)
+    for name in ("train", "train_seeds"):
+        monkeypatch.setattr(train_script, name, configs.append)
     _, *args = line.split()
     assert run_main(train_script.main, *args, monkeypatch=monkeypatch) == 0
     train_script.check_config(configs[0])

@@ -9,7 +9,15 @@ from conftest import run, run_main
 
 from data import load_dataset
 from model import ResNet, load_model, model_cost, save_model
-from test import confusion, find_checkpoint, main
+from test import (
+    CALIBRATION_BINS,
+    calibrate,
+    confusion,
+    find_checkpoint,
+    main,
+    mcnemar,
+    worst_mistakes,
+)
 from utils import InputError, Score, evaluate, score
 
 
@@ -30,7 +38,8 @@ def test_repeats_exactly_what_training_printed(demo):
     counts = torch.tensor(written["confusion"])
     assert counts.trace() == written["correct"]
     assert counts.sum(1).tolist() == load_dataset("digits").test.labels.bincount().tolist()
-    assert (folder / "model_confusion.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("confusion", "calibration", "mistakes"):
+        assert (folder / f"model_{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_per_class_table_adds_up(demo, monkeypatch, capsys):
@@ -129,3 +138,60 @@ def test_default_is_the_newest_run_else_a_released_model(tmp_path):
         os.utime(folder / name / "model.safetensors", (i % 2, i % 2))
     assert find_checkpoint(folder) == folder / "newest" / "model.safetensors"
     assert find_checkpoint(folder / "old") == folder / "old" / "model.safetensors"
+
+
+def test_calibration_error_is_the_mean_gap_between_confidence_and_accuracy():
+    # Two classes: a confidence of p is a difference of log(p / (1 - p)) between the logits.
+    confidence = torch.tensor([0.9, 0.9, 0.9, 0.9, 0.6, 0.6])
+    logits = torch.stack([torch.logit(confidence.double()), torch.zeros(6)], dim=1)
+    bins = calibrate(logits, torch.tensor([0, 0, 0, 1, 0, 1]))
+    assert bins.count.sum() == 6
+    assert bins.accuracy[bins.count > 0].tolist() == [50, 75]
+    assert bins.confidence[bins.count > 0] == pytest.approx([60, 90])
+    assert bins.mean_confidence == pytest.approx((4 * 90 + 2 * 60) / 6)
+    assert bins.error == pytest.approx((4 * 15 + 2 * 10) / 6)
+    certain = calibrate(torch.tensor([[100.0, 0.0], [0.0, 100.0]]), torch.tensor([0, 1]))
+    assert certain.count.tolist() == [0] * (CALIBRATION_BINS - 1) + [2]
+    assert certain.error == pytest.approx(0)
+
+
+@pytest.mark.parametrize(("b", "c", "p"), [(0, 0, 1), (1, 1, 1), (0, 5, 2 / 32), (1, 7, 18 / 256)])
+def test_mcnemar_is_the_exact_binomial_test_on_the_images_that_tell_apart(b, c, p):
+    right, wrong = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    first = torch.stack([right] * 3 + [right] * b + [wrong] * c + [wrong] * 2)
+    second = torch.stack([right] * 3 + [wrong] * b + [right] * c + [wrong] * 2)
+    result = mcnemar(first, second, torch.zeros(len(first), dtype=torch.long))
+    assert (result["only_first"], result["only_second"]) == (b, c)
+    assert result["p"] == pytest.approx(p)
+
+
+def test_comparison_counts_what_one_model_alone_gets_right(demo, monkeypatch, capsys):
+    folder, _ = demo
+    model, info = load_model(folder / "model.safetensors")
+    info = {k: v for k, v in info.items() if k != "architecture"}
+    model.linear.weight.data[3] = 0  # it never says 3
+    save_model("blind.safetensors", model, info)
+    line = (folder, "--compare", "blind.safetensors", "--json", "r.json")
+    assert run_main(main, *line, monkeypatch=monkeypatch) == 0
+    written = json.loads(Path("r.json").read_text())
+    compared = written["compared_with"]
+    assert compared["checkpoint"] == "blind.safetensors"
+    assert compared["only_first"] > 20
+    assert compared["p"] < 1e-4
+    right = written["correct"] - compared["only_first"] + compared["only_second"]
+    printed = capsys.readouterr().out.splitlines()
+    assert f"({right} of 359;" in printed[-3]
+    assert f"first alone {compared['only_first']}, with the second" in printed[-2]
+    assert printed[-1].startswith("McNemar's exact test: p = ")
+
+
+def test_worst_mistakes_come_first_and_say_what_they_are():
+    digits = load_dataset("digits")
+    logits = 20 * torch.nn.functional.one_hot(digits.test.labels, 10).double()
+    for image, confidence in ((3, 30.0), (5, 25.0)):
+        logits[image, (digits.test.labels[image] + 1) % 10] = confidence
+    images, captions = worst_mistakes(logits, digits)
+    assert len(images) == len(captions) == 2
+    assert (images[0] == digits.test.images[3].permute(1, 2, 0).numpy()).all()
+    true = digits.test.labels[3].item()
+    assert captions[0] == f"{true},\ntaken for {(true + 1) % 10} (100%)"

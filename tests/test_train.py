@@ -18,8 +18,8 @@ import train as train_script
 import utils
 from data import load_dataset, train_batches
 from model import ResNet, load_model
-from train import PRESETS, Config, main, make_scheduler, train
-from utils import generator, load_state
+from train import PRESETS, Config, main, make_scheduler, train, train_seeds
+from utils import InputError, Score, generator, load_state
 
 
 def read_log(name):
@@ -355,11 +355,61 @@ def test_small_share_of_the_epochs_sees_the_centre_alone(tiny, monkeypatch):
     assert sizes == [28] * 4 + [32] * 4
 
 
+def test_seeds_are_trained_in_turn_and_summed_up(tiny, monkeypatch, capsys):
+    results = {3: 7000, 4: 7100, 5: 7300}
+    trained = []
+
+    def fake_train(config):
+        trained.append(config)
+        return Score(0.5, results[config.seed], 10_000)
+
+    monkeypatch.setattr(train_script, "train", fake_train)
+    config = replace(tiny, seed=3, seeds=3)
+    assert train_seeds(config) == [Score(0.5, n, 10_000) for n in results.values()]
+    assert trained == [replace(tiny, name=f"tiny-{seed}", seed=seed) for seed in (3, 4, 5)]
+    # By hand: a standard deviation of 1.5275, and 4.3027 standard errors in two degrees of freedom.
+    assert capsys.readouterr().out == (
+        "3 seeds: test accuracy 71.33 ± 1.53% (standard deviation);"
+        " 95% interval of the mean 67.54 to 75.13\n"
+    )
+
+
+def test_seeds_go_on_where_they_were_cut_off(tiny, monkeypatch, capsys):
+    config = replace(tiny, seeds=2, epochs=2)
+    line = "demo --name tiny --seeds 2 --epochs 2 --limit-steps 3 --wandb disabled".split()
+    train(replace(config, name="tiny-0", seeds=1))
+    log = read_log("tiny-0")
+    assert run_main(main, *line, monkeypatch=monkeypatch) == 2  # nothing is overwritten
+    assert not Path("checkpoints/tiny-1").exists()
+    assert run_main(main, *line, "--resume", monkeypatch=monkeypatch) == 0
+    assert "2 seeds: test accuracy" in capsys.readouterr().out
+    assert read_log("tiny-0") == log
+    assert len(read_log("tiny-1")) == 2
+    _, info = load_model("checkpoints/tiny-1/model.safetensors")
+    assert info["seed"] == 1
+
+
+def test_one_training_is_of_one_seed(tiny):
+    with pytest.raises(InputError, match=r"seeds: 2 .* train_seeds"):
+        train(replace(tiny, seeds=2))
+
+
 def test_finished_run_resumed_only_tests_again(tiny, capsys):
     first = train(tiny)
     capsys.readouterr()
     assert train(replace(tiny, resume=True)) == first
     assert not [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
+
+
+def test_run_from_before_a_constant_existed_goes_on(tiny):
+    train(tiny)
+    path = Path("checkpoints/tiny/last.pt")
+    state = load_state(path)
+    del state["config"]["cutout"]
+    utils.save_state(path, state)
+    train(replace(tiny, resume=True))
+    with pytest.raises(InputError, match=r"cutout: 4, but .* started with 0"):
+        train(replace(tiny, resume=True, cutout=4))
 
 
 def test_rehearsal_takes_exactly_so_many_steps(tiny, monkeypatch):
