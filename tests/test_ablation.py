@@ -1,6 +1,8 @@
 import csv
+import statistics
 
 import pytest
+from conftest import ROOT
 
 import train
 import utils
@@ -49,3 +51,15 @@ def test_table_holds_the_mean_of_the_seeds_beside_the_base(tmp_path, monkeypatch
         ("base", "1", "81.0"),
         ("proxy", "1", "82.5"),
     ]
+
+
+def test_readme_has_the_results():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = utils.read_csv(ROOT / "docs" / "ablation.csv")
+    assert {row["change"] for row in rows} == set(ablation.CHANGES)
+    for change in ablation.CHANGES:
+        found = [row for row in rows if row["change"] == change]
+        assert [int(row["seed"]) for row in found] == list(ablation.SEEDS)
+        each = [float(row["val_accuracy"]) for row in found]
+        mean = f"{statistics.mean(each):.2f}% ({', '.join(f'{a:.2f}' for a in each)})"
+        assert f"| {found[0]['epochs']} | {mean} |" in readme
