@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import torch
-from scipy.stats import t as student_t
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -317,6 +316,8 @@ def train_seeds(config: Config) -> list[Score]:
         InputError: one of them cannot be trained; nothing was written.
         DivergenceError: a loss is no longer finite; the runs before it are whole.
     """
+    from scipy.stats import t as student_t  # here: it takes most of a second to load
+
     runs = []
     for seed in range(config.seed, config.seed + config.seeds):
         name = f"{config.name}-{seed}"
