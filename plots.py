@@ -15,7 +15,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Polygon
 from matplotlib.ticker import MaxNLocator
 from torch import nn
 
-from utils import atomic_path, read_csv, run_script
+from utils import Score, atomic_path, read_csv, run_script
 
 # Okabe & Ito's palette, told apart by colour-blind readers too (jfly.uni-koeln.de/color).
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
@@ -92,13 +92,20 @@ def calibration(
     width = 100 / len(count)
     middle = width * (np.arange(len(count)) + 0.5)
     filled = count > 0
+    right = (count * accuracy / 100).round().astype(int)
+    ends = [Score(0.0, *pair).interval for pair in zip(right[filled], count[filled], strict=True)]
+    reach = np.abs(np.array(ends).T - accuracy[filled])
     top.bar(middle, accuracy, 0.9 * width, color=BLUE, alpha=0.4, label="right")
-    top.plot(
-        confidence[filled], accuracy[filled], "o", color=BLUE, label="at their mean confidence"
-    )
+    top.errorbar(
+        confidence[filled], accuracy[filled], reach, fmt="o", color=BLUE, capsize=2,
+        label="at the mean confidence, 95% interval",
+    )  # fmt: skip
     top.plot([0, 100], [0, 100], "--", color=GREY, label="well calibrated")
     top.set(ylabel="right, %", ylim=(0, 102), xlim=(0, 102))
-    top.legend(frameon=False, loc="upper left")
+    top.legend(
+        frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1),
+        handletextpad=0.4, columnspacing=1,
+    )  # fmt: skip
     bottom.bar(middle, count, 0.9 * width, color=GREY)
     bottom.set(xlabel="confidence, %", ylabel="images")
     for axes in (top, bottom):

@@ -30,7 +30,7 @@ def test(
     checkpoint: Path = CHECKPOINTS,
     /,
     tta: bool = False,
-    compare: Path | None = None,
+    compare: str = "",
     json: str = "",
     data_dir: str = "data",
     download: bool = True,
@@ -40,7 +40,7 @@ def test(
     Args:
         checkpoint: A .safetensors file, or a folder: its newest run, else a released model.
         tta: Also test with the flipped view, logits averaged; reported apart.
-        compare: Another checkpoint, to tell whether their difference is real.
+        compare: Another checkpoint, file or folder: do the two differ by more than chance?
         json: Also write the result to this file.
         data_dir: Folder that holds CIFAR-10, or receives it.
         download: Fetch CIFAR-10 if it is not in data_dir.
@@ -52,7 +52,7 @@ def test(
         InputError: the checkpoint or the data is missing, damaged or foreign.
     """
     path = find_checkpoint(checkpoint)
-    other_path = find_checkpoint(compare) if compare else None
+    other_path = find_checkpoint(Path(compare)) if compare else None
     if json and Path(json).is_dir():
         raise InputError(f"json: {json} is a folder; name a file")
     model, info = load_model(path)

@@ -5,6 +5,7 @@ import pytest
 
 import plots
 from model import ResNet
+from utils import Score
 
 
 @pytest.fixture
@@ -68,13 +69,16 @@ def test_confusion_matrix_writes_every_count_in_its_cell(figures):
 
 
 def test_calibration_is_drawn_for_bins_that_hold_images(figures):
-    count, confidence, accuracy = map(np.array, ([2, 0, 6], [30.0, 0.0, 90.0], [50.0, 0.0, 80.0]))
+    count, confidence, accuracy = map(np.array, ([2, 0, 5], [30.0, 0.0, 90.0], [50.0, 0.0, 80.0]))
     plots.calibration(count, confidence, accuracy, "calibration.png", "title")
     top, bottom = figures[0].axes
     assert [bar.get_height() for bar in top.patches] == [50, 0, 80]
-    assert [bar.get_height() for bar in bottom.patches] == [2, 0, 6]
-    at_mean, diagonal = top.lines
+    assert [bar.get_height() for bar in bottom.patches] == [2, 0, 5]
+    at_mean, lower, upper, diagonal = top.lines
     assert (list(at_mean.get_xdata()), list(at_mean.get_ydata())) == ([30, 90], [50, 80])
+    for i, score in enumerate((Score(0.0, 1, 2), Score(0.0, 4, 5))):
+        ends = [line.get_ydata()[i] for line in (lower, upper)]
+        assert ends == pytest.approx(score.interval)
     assert list(diagonal.get_xdata()) == list(diagonal.get_ydata()) == [0, 100]
 
 
