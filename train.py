@@ -208,7 +208,7 @@ def train(config: Config) -> Score:
     if config.seeds > 1:
         raise InputError(f"seeds: {config.seeds} networks are not one; call train_seeds")
     device, rank, world_size = utils.init_processes()
-    is_main = rank == 0  # the process that prints and writes
+    is_main = utils.is_main()
     folder = CHECKPOINTS / config.name
     state = load_run(config, folder)
     with utils.first_on_each_machine():

@@ -1,4 +1,3 @@
-import csv
 import statistics
 
 import pytest
@@ -43,8 +42,7 @@ def test_table_holds_the_mean_of_the_seeds_beside_the_base(tmp_path, monkeypatch
             "| base | 2 | 1.5 | 80.50% (80.00, 81.00) | +0.00 |",
             "| proxy | 2 | 1.5 | 82.00% (81.50, 82.50) | +1.50 |",
         ]
-    with (tmp_path / "docs" / "ablation.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = utils.read_csv(tmp_path / "docs" / "ablation.csv")
     assert [(row["change"], row["seed"], row["val_accuracy"]) for row in rows] == [
         ("base", "0", "80.0"),
         ("proxy", "0", "81.5"),

@@ -1,5 +1,4 @@
 import copy
-import csv
 import itertools
 import json
 import math
@@ -23,8 +22,7 @@ from utils import InputError, Score, generator, load_state
 
 
 def read_log(name):
-    with Path(f"checkpoints/{name}/log.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+    return utils.read_csv(f"checkpoints/{name}/log.csv")
 
 
 # ---------------------------------------------------------------- the recipe
@@ -156,8 +154,7 @@ def test_run_folder_holds_what_the_readme_promises(demo):
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     config = json.loads((folder / "config.json").read_text())
     assert config == json.loads(json.dumps(asdict(replace(PRESETS["demo"], wandb="offline"))))
-    with (folder / "log.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = utils.read_csv(folder / "log.csv")
     assert list(rows[0]) == [
         "epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds",
     ]  # fmt: skip
