@@ -73,6 +73,8 @@ class Ours:
         self.criterion = train.make_criterion(config)
         self.optimizers = train.make_optimizers(self.model, config)
         self.augmentation = train.make_augmentation(config)
+        self.asam = config.asam
+        self.ema = train.make_average(self.model, config.ema) if config.ema else None
         self.keep, self.proxy = config.keep, None
         if self.keep < 1:  # so many steps that its learning rate hardly falls
             self.proxy = train.Proxy(config, self.data, self.device, self.autocast, steps=10_000)
@@ -100,7 +102,16 @@ class Ours:
         if self.proxy:
             some = self.proxy.hardest(some)
         train.train_one_epoch(
-            self.model, self.criterion, self.optimizers, [], some, self.autocast, 1, bar
+            self.model,
+            self.criterion,
+            self.optimizers,
+            [],
+            some,
+            self.autocast,
+            1,
+            bar,
+            self.asam,
+            self.ema,
         )
 
     def evaluate(self) -> None:
@@ -349,7 +360,8 @@ def benchmark(
         medians = {k: [statistics.median(rate) for rate in v] for k, v in rates.items()}
         pipeline = [100 * e / d for e, d in zip(medians["epoch"], medians["data"], strict=True)]
         print_row("data share of an epoch, %", *(f"{share:.1f}" for share in pipeline))
-        flops = [6 * cost.macs * rate for rate in medians["epoch"]]  # forward and backward
+        passes = [2 if config.asam else 1, 1]  # forward and backward
+        flops = [6 * n * cost.macs * r for n, r in zip(passes, medians["epoch"], strict=True)]
         shares = [100 * f / peak for f, peak in zip(flops, peaks, strict=True)]
         print_row("share of matmul peak, %", *(f"{share:.0f}" for share in shares))
         print(

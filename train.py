@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import plots
 import utils
 from data import Augmentation, Dataset, load_dataset, train_batches
-from model import MAX_PARAMS, ResNet, check_budget, feature_size, model_cost, save_model
+from model import MAX_PARAMS, BasicBlock, ResNet, check_budget, feature_size, model_cost, save_model
 from utils import (
     IMAGE_SIZE,
     DivergenceError,
@@ -71,6 +72,8 @@ class Config:
     """The first layer: a trained 3x3 convolution, or a frozen 2x2 one that whitens (C1 = 24)."""
     downsample: Literal["stride", "pool"] = "stride"
     """Halve the resolution by a stride, or begin every stage with a convolution and max pooling."""
+    zero_gamma: bool = False
+    """Begin with blocks that are their shortcuts: the scale of each one's last BN at 0."""
     max_params: int = MAX_PARAMS
     """Refuse a network with more parameters than this."""
 
@@ -83,6 +86,8 @@ class Config:
     """Fetch CIFAR-10 if it is not in data_dir."""
     val_size: int = 0
     """Training images set aside for validation; 0 trains on all of them."""
+    auto_augment: bool = False
+    """Change every image first by AutoAugment's policy: up to two operations on shape or color."""
     crop_padding: int = 4
     """Pixels of padding on each side before a random 32x32 crop."""
     padding: Literal["zeros", "reflect"] = "zeros"
@@ -109,6 +114,8 @@ class Config:
     """Learning rate of SGD or Muon at the start of the schedule."""
     momentum: float = 0.9
     """Momentum of SGD or Muon."""
+    nesterov: bool = False
+    """Nesterov's momentum (sgd only: Muon's always is)."""
     weight_decay: float = 5e-4
     """L2 penalty on all parameters (sgd only)."""
     adam_lr: float = 0.005
@@ -119,6 +126,12 @@ class Config:
     """Learning rate: a cosine to 0, several with warm restarts, both by the epoch; or a line."""
     restart_period: int = 50
     """Epochs from one warm restart to the next (cosine_restarts only)."""
+    warmup: float = 0.0
+    """Share of the epochs, the first ones, in which the learning rate rises from 0."""
+    asam: float = 0.0
+    """Radius of adaptive sharpness-aware minimisation, which doubles a step's time; 0 for none."""
+    ema: float = 0.0
+    """Keep, test and save a moving average of the weights, with this decay; 0 for the last ones."""
 
     # The run
     name: str = "tpsnet"
@@ -180,6 +193,20 @@ PRESETS = {
         label_smoothing=0.2,
         schedule="linear",
     ),
+    "best": Config(
+        name="best",
+        num_blocks=(4, 5, 3),
+        c1=64,
+        width=1,
+        zero_gamma=True,
+        rotation=0.0,
+        auto_augment=True,
+        cutout=8,
+        lr=0.2,
+        nesterov=True,
+        warmup=0.02,
+        ema=0.999,
+    ),
     "demo": Config(
         name="demo",
         num_blocks=(1, 1, 1),
@@ -229,6 +256,8 @@ def train(config: Config) -> Score:
     schedulers = [make_scheduler(optimizer, config, steps) for optimizer in optimizers]
     proxy = Proxy(config, data, device, autocast, steps) if config.keep < 1 else None
     augmentation = make_augmentation(config)
+    ema = make_average(model, config.ema) if config.ema else None
+    final = ema.module if ema else model  # what is tested and saved
 
     def batches(epoch: int) -> Iterable[tuple[Tensor, Tensor, int]]:
         order = (config.batch_size, config.seed, epoch)
@@ -238,14 +267,15 @@ def train(config: Config) -> Score:
 
     log, wandb_id = [], None  # log: one row per finished epoch
     if state:
-        restore(state, folder, model, proxy, optimizers, schedulers)
+        restore(state, folder, model, ema, proxy, optimizers, schedulers)
         log, wandb_id = state["log"], state["wandb_id"]
     if is_main:
         utils.write_json(folder / "config.json", asdict(config))
         print_plan(config, data, device, dtype, world_size, steps, len(log))
         wandb = utils.WandbRun(config.wandb, folder, asdict(config), wandb_id)
         if device.type == "cpu" and len(log) < config.epochs:
-            seconds = steps * sum(
+            passes = 2 if config.asam else 1
+            seconds = (steps * passes) * sum(
                 number * estimate_step(model, proxy, autocast, next(iter(batches(epoch))))
                 for epoch, number in epochs_of_each_size(config, len(log))
             )
@@ -260,12 +290,23 @@ def train(config: Config) -> Score:
         kept = proxy.hardest(batches(epoch)) if proxy else batches(epoch)
         with progress_bar(config, epoch, num_images, is_main) as bar:
             train_loss, train_accuracy = train_one_epoch(
-                parallel, criterion, optimizers, schedulers, kept, autocast, epoch, bar
+                parallel,
+                criterion,
+                optimizers,
+                schedulers,
+                kept,
+                autocast,
+                epoch,
+                bar,
+                config.asam,
+                ema,
             )
         utils.share_buffers(model)
+        if ema:
+            utils.share_buffers(ema.module)
         val = None
         if len(data.val):
-            logits = utils.evaluate(model, data.val.images, data.normalize)
+            logits = utils.evaluate(final, data.val.images, data.normalize)
             val = utils.score(logits, data.val.labels)
         log.append(
             {
@@ -280,12 +321,13 @@ def train(config: Config) -> Score:
         )
         if is_main:
             utils.write_csv(folder / "log.csv", log)
-            save_model(folder / "model.safetensors", model, metadata(config, data, log))
+            save_model(folder / "model.safetensors", final, metadata(config, data, log))
             utils.save_state(
                 folder / "last.pt",
                 {
                     "config": asdict(config),
                     **get_state(model, optimizers, schedulers),
+                    "ema": ema and ema.state_dict(),
                     "proxy": proxy and get_state(proxy.model, proxy.optimizers, proxy.schedulers),
                     "log": log,
                     "wandb_id": wandb.id,
@@ -294,9 +336,9 @@ def train(config: Config) -> Score:
             print_epoch(log[-1], config.epochs)
             wandb.log(log[-1])
 
-    test = utils.score(utils.evaluate(model, data.test.images, data.normalize), data.test.labels)
+    test = utils.score(utils.evaluate(final, data.test.images, data.normalize), data.test.labels)
     if is_main:
-        save_model(folder / "model.safetensors", model, metadata(config, data, log, test))
+        save_model(folder / "model.safetensors", final, metadata(config, data, log, test))
         plots.learning_curves(log, folder / "curves.png", title=config.name)
         wandb.finish(
             {"test_loss": test.loss, "test_accuracy": test.accuracy}, folder / "curves.png"
@@ -347,14 +389,17 @@ def train_one_epoch(
     autocast: torch.autocast,
     epoch: int,
     bar: tqdm,
+    asam: float = 0.0,
+    ema: AveragedModel | None = None,
 ) -> tuple[float, float]:
     """Step through `batches`; returns the mean loss and the accuracy in percent, as trained.
 
     Raises:
         DivergenceError: the loss is not finite.
     """
-    totals, seen = 0, 0  # totals: loss and correct, summed on the device and read now and then
-    for step, (images, labels, batch_size) in enumerate(batches, start=1):
+
+    def backward(images: Tensor, labels: Tensor, batch_size: int) -> Tensor:
+        """Leave the gradients in the network; returns the summed loss, and how many are right."""
         model.zero_grad()  # before the forward pass, whose end is the peak of memory
         with autocast:
             logits = model(images).float()
@@ -362,11 +407,19 @@ def train_one_epoch(
         # DDP averages the gradients over the processes. Scaled like this, their mean is that of
         # the mean loss over the global batch, even where its images do not share out evenly.
         (loss * utils.num_processes() / batch_size).backward()
+        return torch.stack([loss.detach(), (logits.argmax(1) == labels).sum()])
+
+    totals, seen = 0, 0  # totals: loss and correct, summed on the device and read now and then
+    for step, (images, labels, batch_size) in enumerate(batches, start=1):
+        totals, seen = totals + backward(images, labels, batch_size), seen + batch_size
+        if asam:
+            with utils.uphill(model, asam):
+                backward(images, labels, batch_size)
         for part in (*optimizers, *schedulers):
             part.step()
+        if ema:
+            ema.update_parameters(model)
 
-        correct = (logits.argmax(1) == labels).sum()
-        totals, seen = totals + torch.stack([loss.detach(), correct]), seen + batch_size
         bar.update(batch_size)
         if step % LOG_INTERVAL == 0:
             mean_loss, accuracy = mean_metrics(
@@ -452,6 +505,10 @@ def make_model(config: Config, data: Dataset, device: torch.device) -> ResNet:
     """The network with its initial weights, as the seed has them."""
     torch.manual_seed(config.seed)
     model = ResNet(**config.architecture()).to(device, memory_format=torch.channels_last)
+    if config.zero_gamma:  # Goyal et al., arXiv:1706.02677
+        for block in model.modules():
+            if isinstance(block, BasicBlock):
+                nn.init.zeros_(block.bn2.weight)
     if config.stem == "whitening":
         model.set_whitening(data.normalize(data.train.images[:5000]))
     if config.compile:  # with CUDA graphs on a GPU, where launching the kernels takes time
@@ -478,7 +535,12 @@ def make_criterion(config: Config) -> nn.Module:
 def make_augmentation(config: Config) -> Augmentation:
     """What is done to the training images."""
     return Augmentation(
-        config.crop_padding, config.padding, config.rotation, config.flip, config.cutout
+        config.crop_padding,
+        config.padding,
+        config.rotation,
+        config.flip,
+        config.cutout,
+        config.auto_augment,
     )
 
 
@@ -488,7 +550,12 @@ def make_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimi
     if config.optimizer == "sgd":
         return [
             torch.optim.SGD(
-                parameters, config.lr, config.momentum, weight_decay=config.weight_decay, fused=True
+                parameters,
+                config.lr,
+                config.momentum,
+                weight_decay=config.weight_decay,
+                nesterov=config.nesterov,
+                fused=True,
             )
         ]
     filters = [p for p in parameters if p.ndim == 4]
@@ -499,17 +566,30 @@ def make_optimizers(model: nn.Module, config: Config) -> list[torch.optim.Optimi
     ]
 
 
+def make_average(model: nn.Module, decay: float) -> AveragedModel:
+    """The exponential moving average of a network's weights and BN statistics.
+
+    With each step it keeps `decay` of itself and takes the rest from the network.
+    """
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
 def make_scheduler(
     optimizer: torch.optim.Optimizer, config: Config, steps_per_epoch: int
 ) -> LRScheduler:
     """The learning rate of every step, as a share of that at the start."""
 
+    warmup = int(config.warmup * config.epochs)
+    epochs = config.epochs - warmup  # of the schedule proper
+
     def factor(step: int) -> float:
-        epoch = step / steps_per_epoch
+        epoch = step / steps_per_epoch - warmup
+        if epoch < 0:
+            return (step + 1) / (warmup * steps_per_epoch)
         if config.schedule == "linear":
-            return 1 - epoch / config.epochs
+            return 1 - epoch / epochs
         # SGDR (Loshchilov & Hutter, arXiv:1608.03983), by whole epochs as the paper has it.
-        period = config.epochs if config.schedule == "cosine" else config.restart_period
+        period = epochs if config.schedule == "cosine" else config.restart_period
         return (1 + math.cos(math.pi * (int(epoch) % period) / period)) / 2
 
     return LambdaLR(optimizer, factor)
@@ -544,12 +624,18 @@ def check_config(config: Config) -> None:
     check_number("adam_lr", config.adam_lr, 0, 1000)
     check_number("label_smoothing", config.label_smoothing, 0, 1)
     check_number("momentum", config.momentum, 0, 1)
+    if config.nesterov and not config.momentum:
+        raise InputError("momentum: 0 with nesterov; give one over 0, or --no-nesterov")
+    check_number("warmup", config.warmup, 0, 0.99)
+    check_number("asam", config.asam, 0, 100)
+    check_number("ema", config.ema, 0, 0.999999)
     check_number("weight_decay", config.weight_decay, 0, 1)
     check_number("rotation", config.rotation, 0, 180)
-    if config.dataset == "digits" and (config.flip != "none" or config.crop_padding):
+    moved = config.flip != "none" or config.crop_padding or config.auto_augment
+    if config.dataset == "digits" and moved:
         raise InputError(
-            "flip, crop_padding: they change what a digit means; add --flip none --crop-padding 0,"
-            " or start from the demo preset"
+            "flip, crop_padding, auto_augment: they change what a digit means; add --flip none"
+            " --crop-padding 0, or start from the demo preset"
         )
     check_budget(config.max_params, **config.architecture())
     sizes = (IMAGE_SIZE, SMALL_SIZE)
@@ -638,6 +724,7 @@ def restore(
     state: dict[str, object],
     folder: Path,
     model: nn.Module,
+    ema: AveragedModel | None,
     proxy: Proxy | None,
     optimizers: list[torch.optim.Optimizer],
     schedulers: list[LRScheduler],
@@ -649,6 +736,8 @@ def restore(
     """
     try:
         set_state(state, model, optimizers, schedulers)
+        if ema:
+            ema.load_state_dict(state["ema"])
         if proxy:
             set_state(state["proxy"], proxy.model, proxy.optimizers, proxy.schedulers)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:

@@ -369,6 +369,37 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     return x.to(matrix.dtype)
 
 
+@contextlib.contextmanager
+def uphill(model: nn.Module, radius: float) -> Iterator[None]:
+    """Inside, the weights stand where the loss is about the largest near by, and BN learns nothing.
+
+    A gradient taken there and applied back here finds flat minima: sharpness-aware minimisation
+    (Foret et al., arXiv:2010.01412), in its adaptive form (Kwon et al., arXiv:2102.11600), whose
+    neighbourhood grows with each weight, since batch normalisation makes the loss blind to scale.
+
+    Args:
+        model: it holds the gradients of the loss here.
+        radius: how far w + e may be: |e / w| is at most this.
+    """
+    weights = [p for p in model.parameters() if p.grad is not None]
+    norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+    here, momentum = [w.detach().clone() for w in weights], [layer.momentum for layer in norms]
+    with torch.no_grad():
+        sizes = torch._foreach_abs(weights)
+        slopes = torch._foreach_mul(sizes, [w.grad for w in weights])
+        steepness = torch.stack(torch._foreach_norm(slopes)).norm() + 1e-12
+        torch._foreach_addcmul_(weights, sizes, torch._foreach_mul(slopes, radius / steepness))
+    for layer in norms:
+        layer.momentum = 0.0
+    try:
+        yield
+    finally:
+        for layer, value in zip(norms, momentum, strict=True):
+            layer.momentum = value
+        with torch.no_grad():
+            torch._foreach_copy_(weights, here)
+
+
 # ---------------------------------------------------------------- evaluation
 
 

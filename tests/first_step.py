@@ -1,4 +1,4 @@
-"""Loss and gradient norm of the demo's first training step, one JSON line per batch size.
+"""Loss and gradient norm of the demo's first step with ASAM, one JSON line per batch size.
 
 A helper of test_distributed.py.
 
@@ -32,7 +32,7 @@ for batch_size in map(int, sys.argv[1:]):  # an odd one shares out unevenly
     batches = train_batches(digits, augmentation, batch_size, 0, 1, rank, world_size)
     one = itertools.islice(batches, 1)
     loss, accuracy = train.train_one_epoch(
-        parallel, criterion, optimizers, [], one, float32, 1, tqdm(disable=True)
+        parallel, criterion, optimizers, [], one, float32, 1, tqdm(disable=True), asam=0.5
     )
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
     weights = torch.cat([p.detach().flatten() for p in model.parameters()])

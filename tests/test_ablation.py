@@ -61,3 +61,20 @@ def test_readme_has_the_results():
         each = [float(row["val_accuracy"]) for row in found]
         mean = f"{statistics.mean(each):.2f}% ({', '.join(f'{a:.2f}' for a in each)})"
         assert f"| {found[0]['epochs']} | {mean} |" in readme
+
+
+def test_page_of_best_has_every_candidate():
+    page = (ROOT / "docs" / "best.md").read_text(encoding="utf-8")
+    rows = utils.read_csv(ROOT / "docs" / "candidates.csv")
+    runs = {row["change"]: [] for row in rows}
+    for row in rows:
+        assert int(row["seed"]) == len(runs[row["change"]])
+        runs[row["change"]].append(float(row["val_accuracy"]))
+    lines = [line for line in page.splitlines() if line.startswith("| ") and "% (" in line]
+    assert len(lines) == len(runs) > 20
+    for change, each in runs.items():
+        base = "base-100" if change.endswith("-100") else "base"
+        gain = statistics.mean(each) - statistics.mean(runs[base])
+        shown = f"{statistics.mean(each):.2f}% ({', '.join(f'{a:.2f}' for a in each)})"
+        shown += " | |" if change == base else f" | {gain:+.2f} |"
+        assert sum(shown in line for line in lines) == 1, change

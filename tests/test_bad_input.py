@@ -22,7 +22,7 @@ from utils import InputError
 # command line, and words that the error must contain
 BAD_LINES = [
     # presets and options
-    ("train.py resnet50", ["preset", "'resnet50'", "tpsnet, model1, model2, fast, demo"]),
+    ("train.py resnet50", ["preset", "'resnet50'", "tpsnet, model1, model2, fast, best, demo"]),
     ("train.py --learning-rate 0.1", ["--learning-rate", "-h"]),
     ("train.py demo model1", ["model1", "-h"]),
     ("train.py demo --lr", ["--lr", "-h"]),
@@ -60,6 +60,7 @@ BAD_LINES = [
     # the data
     ("train.py demo --flip random", ["flip", "--flip none"]),
     ("train.py demo --crop-padding 2", ["crop_padding", "--crop-padding 0"]),
+    ("train.py demo --auto-augment", ["auto_augment", "the demo preset"]),
     ("train.py --crop-padding -1", ["crop_padding", "-1", "from 0 to 32"]),
     ("train.py --rotation 181", ["rotation", "181", "from 0 to 180"]),
     ("train.py demo --val-size -1", ["val_size", "-1", "at least 0"]),
@@ -80,6 +81,10 @@ BAD_LINES = [
     ("train.py demo --momentum 1.5", ["momentum", "1.5", "from 0 to 1"]),
     ("train.py demo --weight-decay nan", ["weight_decay", "nan", "from 0 to 1"]),
     ("train.py demo --restart-period 0", ["restart_period", "0", "at least 1"]),
+    ("train.py best --momentum 0", ["momentum", "0", "--no-nesterov"]),
+    ("train.py demo --warmup 5", ["warmup", "5", "from 0 to 0.99"]),
+    ("train.py demo --asam nan", ["asam", "nan", "from 0 to 100"]),
+    ("train.py demo --ema 1", ["ema", "1", "from 0 to 0.999999"]),
     # the run
     ("train.py demo --name ../elsewhere", ["name", "'../elsewhere'", "letters, digits"]),
     ("train.py demo --name .hidden", ["name", "'.hidden'", "letters, digits"]),

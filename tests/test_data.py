@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as reference
 
 import data
@@ -94,6 +95,38 @@ def test_alternating_flips_show_every_image_both_ways_in_two_epochs():
     assert not torch.equal(other_seed, flips[0])
 
 
+@pytest.mark.parametrize("value", [0.0, 0.15, 0.25, 0.45, 0.55, 0.65, 0.85, 0.95])
+def test_auto_augment_is_torchvisions_on_each_image(value, monkeypatch):
+    """Every pair of operations, with all that is drawn set to `value`."""
+    small = 256 * torch.rand(25, 3, 5, 5, generator=generator("smooth"))
+    images = torch.nn.functional.interpolate(small, (32, 32), mode="bilinear").to(torch.uint8)
+    draws = torch.full((25, 2), value)
+    changed = data.auto_augment(images, torch.arange(25), draws, draws)
+    transform = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
+    monkeypatch.setattr(torch, "rand", lambda *size: torch.tensor(value))
+    for i in range(25):
+        monkeypatch.setattr(torch, "randint", lambda *args, i=i: torch.tensor(i))
+        assert torch.equal(changed[i], transform(images[i])), data.AUTO_AUGMENT[i]
+
+
+def test_auto_augment_changes_each_image_by_its_own_draw(images):
+    draws = data.draw_pairs(64, seed=0, epoch=1)
+    together = data.auto_augment(images, *draws)
+    for i in range(64):
+        alone = data.auto_augment(images[i : i + 1], *(draw[i : i + 1] for draw in draws))
+        assert torch.equal(together[i : i + 1], alone)
+    assert not torch.equal(together, images)
+
+
+def test_pairs_are_drawn_evenly_and_anew_in_each_epoch():
+    pair, *others = data.draw_pairs(100_000, seed=0, epoch=1)
+    assert (pair.bincount(minlength=25) - 4000).abs().max() < 320  # 5 deviations
+    for draw in others:
+        assert (draw.mean(dim=0) - 0.5).abs().max() < 0.01
+        assert torch.cov(draw.T)[0, 1].abs() < 0.002
+    assert not torch.equal(data.draw_pairs(100_000, seed=0, epoch=2)[0], pair)
+
+
 # ---------------------------------------------------------------- batches
 
 
@@ -103,6 +136,16 @@ def labelled_by_position(num_images):
     pixels = numbers.to(torch.uint8)[:, None, None, None].expand(-1, 3, 32, 32)
     split = Split(pixels, numbers)
     return data.Dataset("toy", ("a",), (0, 0, 0), (1 / 255,) * 3, split, split[:0], split, "")
+
+
+def test_batches_hold_what_auto_augment_made_of_the_whole_epochs_images():
+    toy, augmentation = labelled_by_position(100), Augmentation(0, "zeros", 0.0, "none", 0, True)
+    for epoch in (1, 2):
+        draws = data.draw_pairs(100, seed=5, epoch=epoch)
+        changed = data.auto_augment(toy.train.images, *draws)
+        assert not torch.equal(changed, toy.train.images)
+        for images, labels, _ in train_batches(toy, augmentation, 40, 5, epoch):
+            assert torch.equal(images, toy.normalize(changed[labels]))
 
 
 def test_an_epoch_visits_every_image_once_in_an_order_of_its_own():

@@ -31,7 +31,7 @@ def test_two_processes_take_the_same_first_step_as_one():
 def test_data_parallel_run_is_tested_by_one_process_with_the_same_result():
     """Its validation set is more than one batch, so both processes take part in evaluating it."""
     line = "train.py demo --epochs 2 --batch-size 63 --val-size 800 --wandb disabled".split()
-    line += ["--limit-steps", "9"]
+    line += "--limit-steps 9 --ema 0.8".split()
     trained = run(*line, launcher=TORCHRUN)
     assert trained.returncode == 0, trained.stderr
     assert "on cpu in 2 processes" in trained.stdout

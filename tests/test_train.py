@@ -59,12 +59,17 @@ def test_schedules():
     assert learning_rates(restarts)[::2] == pytest.approx(3 * cycle)
     linear = learning_rates(Config(schedule="linear", epochs=2))
     assert linear == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
+    warm = learning_rates(Config(warmup=0.01, epochs=303))
+    assert warm[:6] == pytest.approx([0.01 * step / 6 for step in range(1, 7)])
+    assert warm[6:] == pytest.approx(rates)
+    assert learning_rates(Config(warmup=0.02, epochs=1)) == pytest.approx([0.01, 0.01])
 
 
-def test_training_is_sgd_on_the_mean_cross_entropy(tiny):
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_training_is_sgd_on_the_mean_cross_entropy(tiny, nesterov):
     """Two steps against the plainest possible loop, on the same batches."""
     config = replace(tiny, epochs=1, limit_steps=2, lr=0.02, momentum=0.8, weight_decay=0.01)
-    config = replace(config, bfloat16=False)
+    config = replace(config, nesterov=nesterov, bfloat16=False)
     train(config)
     trained, _ = load_model("checkpoints/tiny/model.safetensors")
 
@@ -79,10 +84,25 @@ def test_training_is_sgd_on_the_mean_cross_entropy(tiny):
         gradients = torch.autograd.grad(loss, list(expected.parameters()))
         with torch.no_grad():
             for p, v, g in zip(expected.parameters(), velocity, gradients, strict=True):
-                v.mul_(config.momentum).add_(g + config.weight_decay * p)
-                p.sub_(config.lr * v)
+                g = g + config.weight_decay * p
+                v.mul_(config.momentum).add_(g)
+                p.sub_(config.lr * (g + config.momentum * v if nesterov else v))
     for name, tensor in expected.state_dict().items():
         torch.testing.assert_close(trained.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_begin_as_their_shortcuts_with_zero_gamma(tiny):
+    digits, cpu = load_dataset("digits"), torch.device("cpu")
+    for zero_gamma in (True, False):
+        config = replace(tiny, zero_gamma=zero_gamma)
+        block = train_script.make_model(config, digits, cpu).eval().stages[1][0]
+        x = torch.randn(2, 16, 16, 16, generator=generator(0))
+        assert torch.equal(block(x), block.shortcut(x).relu()) == zero_gamma
+
+
+def test_images_of_best_are_augmented_as_its_constants_say():
+    augmentation = train_script.make_augmentation(PRESETS["best"])
+    assert augmentation == train_script.Augmentation(4, "zeros", 0.0, "random", 8, True)
 
 
 def test_orthogonalize_moves_all_singular_values_to_about_1():
@@ -120,6 +140,90 @@ def test_muon_gets_the_convolutions_and_adam_the_rest():
     trained = [p for p in model.parameters() if p.requires_grad]
     assert {id(p) for p in filters + others} == {id(p) for p in trained}
     assert id(model.conv1.weight) not in {id(p) for p in filters}
+
+
+class QuadraticLoss(torch.nn.Module):
+    """Half the squared distance to the one-hot label, summed over the images."""
+
+    def forward(self, logits, labels):
+        return (logits - F.one_hot(labels, 2)).square().sum() / 2
+
+
+def test_asam_steps_from_here_along_the_gradient_uphill():
+    """One step by hand: the loss is a quadratic in the weights of a linear layer."""
+    model = torch.nn.Linear(3, 2, bias=False)
+    before = model.weight.detach().clone()
+    x, y = torch.randn(4, 3, generator=generator(0)), torch.tensor([0, 1, 1, 0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    train_script.train_one_epoch(
+        model,
+        QuadraticLoss(),
+        [optimizer],
+        [],
+        [(x, y, 4)],
+        autocast=torch.autocast("cpu", enabled=False),
+        epoch=1,
+        bar=train_script.progress_bar(Config(), 1, 4, is_main=False),
+        asam=0.7,
+    )
+
+    def gradient(weight):
+        return (x @ weight.T - F.one_hot(y, 2)).T @ x / 4
+
+    slope = before.abs() * gradient(before)
+    climb = 0.7 * before.abs() * slope / slope.norm()
+    assert (climb / before).norm() == pytest.approx(0.7)
+    torch.testing.assert_close(model.weight.detach(), before - 0.3 * gradient(before + climb))
+
+
+def test_uphill_is_left_without_a_trace():
+    torch.manual_seed(0)
+    model = ResNet((1, 1), 2)
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
+    F.cross_entropy(model(images), labels).backward()
+    before = copy.deepcopy(model.state_dict())
+    with utils.uphill(model, 0.5):
+        assert not torch.equal(model.linear.weight, before["linear.weight"])
+        model(images)
+    after = model.state_dict()
+    assert same({k: v for k, v in before.items() if "num_batches" not in k}, after)
+    model(images)  # learns its statistics again
+    assert not torch.equal(model.state_dict()["bn1.running_mean"], before["bn1.running_mean"])
+
+
+def test_average_has_its_closed_form():
+    model, decay = torch.nn.BatchNorm1d(3), 0.8
+    average = train_script.make_average(model, decay)
+    steps = [torch.randn(3, generator=generator(i)) for i in range(6)]
+    for values in steps:
+        with torch.no_grad():
+            model.weight.copy_(values)
+            model.running_mean.copy_(-values)
+        average.update_parameters(model)
+    # The first step starts it; the t-th of T counts (1 - decay) decay^(T - t).
+    expected = decay**5 * steps[0] + sum(
+        (1 - decay) * decay ** (5 - t) * steps[t] for t in range(1, 6)
+    )
+    torch.testing.assert_close(average.module.weight.detach(), expected)
+    torch.testing.assert_close(average.module.running_mean, -expected)
+
+
+def test_average_is_what_is_validated_tested_and_saved(tiny):
+    score = train(replace(tiny, ema=0.7, val_size=200))
+    state = load_state(Path("checkpoints/tiny/last.pt"))
+    saved = weights("tiny")
+    averaged = {key.removeprefix("module."): value for key, value in state["ema"].items()}
+    assert averaged.pop("n_averaged") == 9
+    assert same(saved, averaged)
+    assert not same(saved, state["model"])
+    model, _ = load_model("checkpoints/tiny/model.safetensors")
+    digits = load_dataset("digits", val_size=200)
+    val, test = (
+        utils.score(utils.evaluate(model, split.images, digits.normalize), split.labels)
+        for split in (digits.val, digits.test)
+    )
+    assert test == score
+    assert float(read_log("tiny")[-1]["val_loss"]) == pytest.approx(val.loss)
 
 
 def test_first_loss_of_tpsnet_is_near_ln_10_and_gradients_reach_every_parameter():
@@ -161,7 +265,7 @@ def test_run_folder_holds_what_the_readme_promises(demo):
     assert [int(row["epoch"]) for row in rows] == list(range(1, 16))
     assert float(rows[0]["train_loss"]) > float(rows[-1]["train_loss"])
     assert set(load_state(folder / "last.pt")) == {
-        "config", "model", "proxy", "optimizers", "schedulers", "log", "wandb_id",
+        "config", "model", "ema", "proxy", "optimizers", "schedulers", "log", "wandb_id",
     }  # fmt: skip
 
 
@@ -186,7 +290,7 @@ def test_model_file_explains_itself(demo):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_network_learns_the_same_and_is_saved_under_plain_names(tiny):
-    config = replace(tiny, epochs=1, c1=4, bfloat16=False)
+    config = replace(tiny, epochs=1, c1=4, asam=0.5, bfloat16=False)
     plain = train(replace(config, name="plain"))
     torch._dynamo.utils.counters.clear()
     compiled = train(replace(config, name="compiled", compile=True))
@@ -267,19 +371,21 @@ FAST = {  # what sets the preset apart, on a network as small as the demo's
         " schedule keep small_share"
     ).split()
 } | {"width": 1}
+BEST = {"nesterov": True, "warmup": 0.5, "asam": 0.5, "ema": 0.9, "cutout": 8}
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"schedule": "cosine_restarts", "restart_period": 2, "val_size": 100}, FAST],
-    ids=["tpsnet", "restarts", "fast"],
+    [{}, {"schedule": "cosine_restarts", "restart_period": 2, "val_size": 100}, FAST, BEST],
+    ids=["tpsnet", "restarts", "fast", "best"],
 )
 def test_killed_run_resumes_to_the_bit(tiny, changes):
     """SIGKILL after the second epoch; the resumed run cannot be told from the unbroken one."""
     options = "demo --epochs 4 --limit-steps 8 --dropout 0.2 --wandb disabled".split()
     config = replace(tiny, name="whole", epochs=4, limit_steps=8, dropout=0.2, **changes)
     for name, value in changes.items():
-        options += [f"--{name.replace('_', '-')}", str(value)]
+        option = f"--{name.replace('_', '-')}"
+        options += [option] if value is True else [option, str(value)]
     line = command("train.py", *options, "--name", "broken")
     process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
     for text in process.stdout:
@@ -296,6 +402,8 @@ def test_killed_run_resumes_to_the_bit(tiny, changes):
     logs = [[{**row, "seconds": ""} for row in read_log(name)] for name in ("whole", "broken")]
     assert logs[0] == logs[1]
     states = [load_state(train_script.CHECKPOINTS / n / "last.pt") for n in ("whole", "broken")]
+    if config.ema:
+        assert same(*(state["ema"] for state in states))
     if config.keep < 1:
         assert same(*(state["proxy"]["model"] for state in states))
         states += [state["proxy"] for state in states]
