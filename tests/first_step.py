@@ -8,7 +8,6 @@ the loss of two halves is not that of the whole.
 
 import itertools
 import json
-import sys
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -19,24 +18,30 @@ import utils
 from data import Augmentation, load_dataset, train_batches
 from model import ResNet
 
-device, rank, world_size = utils.init_processes()
-digits = load_dataset("digits").to(device)
-for batch_size in map(int, sys.argv[1:]):  # an odd one shares out unevenly
-    torch.manual_seed(0)
-    model = ResNet(**train.PRESETS["demo"].architecture()).to(device).eval()
-    parallel = DistributedDataParallel(model) if world_size > 1 else model
-    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1)]
-    criterion = torch.nn.CrossEntropyLoss(reduction="sum")
-    float32 = torch.autocast(device.type, enabled=False)
-    augmentation = Augmentation(0, "zeros", 5.0, "none", 0)
-    batches = train_batches(digits, augmentation, batch_size, 0, 1, rank, world_size)
-    one = itertools.islice(batches, 1)
-    loss, accuracy = train.train_one_epoch(
-        parallel, criterion, optimizers, [], one, float32, 1, tqdm(disable=True), asam=0.5
-    )
-    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
-    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
-    if rank == 0:
-        result = {"processes": world_size, "loss": loss, "accuracy": accuracy}
-        result |= {"gradient": gradient.norm().item(), "weights": weights.norm().item()}
-        print(json.dumps(result))
+
+def main(batch_sizes):
+    device, rank, world_size = utils.init_processes()
+    digits = load_dataset("digits").to(device)
+    for batch_size in map(int, batch_sizes):  # an odd one shares out unevenly
+        torch.manual_seed(0)
+        model = ResNet(**train.PRESETS["demo"].architecture()).to(device).eval()
+        parallel = DistributedDataParallel(model) if world_size > 1 else model
+        optimizers = [torch.optim.SGD(model.parameters(), lr=0.1)]
+        criterion = torch.nn.CrossEntropyLoss(reduction="sum")
+        float32 = torch.autocast(device.type, enabled=False)
+        augmentation = Augmentation(0, "zeros", 5.0, "none", 0)
+        batches = train_batches(digits, augmentation, batch_size, 0, 1, rank, world_size)
+        one = itertools.islice(batches, 1)
+        loss, accuracy = train.train_one_epoch(
+            parallel, criterion, optimizers, [], one, float32, 1, tqdm(disable=True), asam=0.5
+        )
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+        if rank == 0:
+            result = {"processes": world_size, "loss": loss, "accuracy": accuracy}
+            result |= {"gradient": gradient.norm().item(), "weights": weights.norm().item()}
+            print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    utils.run_script(main)  # which ends the process group: a process that leaves it open may abort
