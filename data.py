@@ -132,16 +132,21 @@ class Dataset:
 
 
 def load_dataset(
-    name: str, data_dir: str | Path = "data", val_size: int = 0, download: bool = True
+    name: str,
+    data_dir: str | Path = "data",
+    val_size: int = 0,
+    download: bool = True,
+    train_size: int = 0,
 ) -> Dataset:
     """`cifar10` (from `data_dir`, fetched if need be) or `digits` (shipped inside scikit-learn).
 
     Args:
         val_size: training images to set aside for validation, the same share of every class.
         download: whether CIFAR-10 may be fetched.
+        train_size: of the other training images, how many to keep, again of every class; 0 for all.
 
     Raises:
-        InputError: a file is missing, damaged or foreign, or `val_size` is out of range.
+        InputError: a file is missing, damaged or foreign, or a size is out of range.
     """
     if name not in FACTS:
         raise InputError(f"dataset: {name!r} is not one of {', '.join(FACTS)}")
@@ -151,7 +156,7 @@ def load_dataset(
         dataset = load_cifar10_binary(Path(data_dir, BINARY_FOLDER))
     else:
         dataset = load_cifar10_archive(Path(data_dir), download)
-    return split_validation(dataset, val_size)
+    return take_training(split_validation(dataset, val_size), train_size)
 
 
 def load_cifar10_archive(data_dir: Path, download: bool) -> Dataset:
@@ -272,6 +277,19 @@ def split_validation(dataset: Dataset, val_size: int) -> Dataset:
         )
     train, val = stratified(dataset.train, val_size)
     return replace(dataset, train=train, val=val)
+
+
+def take_training(dataset: Dataset, train_size: int) -> Dataset:
+    """`dataset` with only `train_size` of its training images, of every class the same share."""
+    if train_size in (0, len(dataset.train)):
+        return dataset
+    num_classes, num_images = len(dataset.class_names), len(dataset.train)
+    if not num_classes <= train_size <= num_images - num_classes:
+        raise InputError(
+            f"train_size: {train_size} of {num_images:,} training images; use 0 for all of them, or"
+            f" {num_classes} to {num_images - num_classes:,}"
+        )
+    return replace(dataset, train=stratified(dataset.train, train_size)[1])
 
 
 def stratified(split: Split, size: int) -> tuple[Split, Split]:

@@ -86,6 +86,8 @@ class Config:
     """Fetch CIFAR-10 if it is not in data_dir."""
     val_size: int = 0
     """Training images set aside for validation; 0 trains on all of them."""
+    train_size: int = 0
+    """How many of the other training images to train on, for a quick comparison; 0 for all."""
     auto_augment: bool = False
     """Change every image first by AutoAugment's policy: up to two operations on shape or color."""
     crop_padding: int = 4
@@ -239,7 +241,9 @@ def train(config: Config) -> Score:
     folder = CHECKPOINTS / config.name
     state = load_run(config, folder)
     with utils.first_on_each_machine():
-        data = load_dataset(config.dataset, config.data_dir, config.val_size, config.download)
+        data = load_dataset(
+            config.dataset, config.data_dir, config.val_size, config.download, config.train_size
+        )
     check_batches(config, len(data.train), world_size)
     data = data.to(device)
 
@@ -613,7 +617,7 @@ def check_config(config: Config) -> None:
         )
     for name in ("epochs", "batch_size", "restart_period", "max_params", "seeds"):
         check_integer(name, getattr(config, name), 1)
-    for name in ("val_size", "limit_steps"):
+    for name in ("val_size", "train_size", "limit_steps"):
         check_integer(name, getattr(config, name), 0)
     check_integer("seed", config.seed, 0, 2**32 - 1)
     check_integer("crop_padding", config.crop_padding, 0, 32)

@@ -241,6 +241,19 @@ def test_validation_split_is_stratified_disjoint_and_the_same_for_everyone():
     assert split.fingerprint == digits.fingerprint
 
 
+def test_fewer_training_images_are_stratified_and_leave_the_other_splits_alone():
+    whole = load_dataset("digits", val_size=300)
+    few = load_dataset("digits", val_size=300, train_size=400)
+    assert torch.equal(few.val.images, whole.val.images)
+    assert torch.equal(few.test.images, whole.test.images)
+    assert len(few.train) == 400
+    pool = {image.numpy().tobytes() for image in whole.train.images}
+    assert {image.numpy().tobytes() for image in few.train.images} <= pool
+    shares = few.train.labels.bincount() / whole.train.labels.bincount()
+    assert (shares - 400 / 1138).abs().max() < 0.01
+    assert load_dataset("digits", train_size=1438).train.images.shape[0] == 1438
+
+
 @pytest.mark.parametrize("size", [1, 9, 1429, 5000])
 def test_validation_split_that_cannot_be_stratified_is_refused(size):
     with pytest.raises(InputError, match=f"val_size: {size} .* use 0, or 10 to 1,428"):
