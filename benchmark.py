@@ -108,7 +108,7 @@ class Ours:
             [],
             some,
             self.autocast,
-            1,
+            train.Progress(),
             bar,
             self.asam,
             self.ema,

@@ -164,6 +164,7 @@ def load_cifar10_archive(data_dir: Path, download: bool) -> Dataset:
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity
 
+    check_links(data_dir / CIFAR10.filename, *Path(data_dir, CIFAR10.base_folder).glob("*"))
     archive_is_here = check_integrity(data_dir / CIFAR10.filename, CIFAR10.tgz_md5)
     folder_is_new = not data_dir.exists()
     try:
@@ -193,6 +194,7 @@ def load_cifar10_binary(folder: Path) -> Dataset:
 
     A file whose SHA-1 is not the official one is a one-line warning, and recorded.
     """
+    check_links(*(folder / name for name in BINARY_SHA1))
     files = {name: read_binary(folder / name) for name in BINARY_SHA1}
     unofficial = tuple(
         name
@@ -210,6 +212,16 @@ def load_cifar10_binary(folder: Path) -> Dataset:
         for records in (torch.cat(train), test)
     ]
     return make_dataset("cifar10", *splits, unofficial=unofficial)
+
+
+def check_links(*paths: Path) -> None:
+    """Raise InputError if one is a link out of its folder: a download would write through it."""
+    for path in paths:
+        if path.is_symlink() and not path.resolve().is_relative_to(path.parent.resolve()):
+            raise InputError(
+                f"data_dir: {path} is a link to {path.resolve()}, outside its folder; put the file"
+                " itself there, or link the whole folder"
+            )
 
 
 def read_binary(path: Path) -> np.ndarray:
@@ -465,12 +477,13 @@ def train_batches(
     rank: int = 0,
     world_size: int = 1,
     size: int = IMAGE_SIZE,
+    done: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor, int]]:
     """Augmented, normalised images, labels and global size of an epoch's batches, on the device.
 
     Process `rank` gets every `world_size`-th image of each global batch, augmented as it would be
     in one process. The last batch holds what is left over. Only the central `size` pixels of the
-    images' sides are given out.
+    images' sides are given out. The first `done` batches are left out.
     """
     num_images, device = len(data.train), data.train.labels.device
     train = data.train
@@ -483,7 +496,7 @@ def train_batches(
     order, *draws = (tensor.to(device) for tensor in (order, *draws))
     margin = (IMAGE_SIZE - size) // 2
     center = slice(margin, margin + size)
-    for start in range(0, num_images, batch_size):
+    for start in range(done * batch_size, num_images, batch_size):
         stop = min(start + batch_size, num_images)
         share = slice(start + rank, stop, world_size)
         batch = train[order[share]]

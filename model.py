@@ -19,6 +19,7 @@ configuration without allocating it. `save_model` and `load_model` write and rea
 `.safetensors` file that explains itself.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ from utils import IMAGE_SIZE, InputError, atomic_path, check_integer, check_numb
 MAX_PARAMS = 5_000_000  # the project's budget
 STEMS = ("conv", "whitening")
 DOWNSAMPLES = ("stride", "pool")
-FILE_FORMAT = "tpsnet-1"  # marks our .safetensors files, with the version of their metadata
+FILE_FORMAT = "tpsnet-2"  # marks our .safetensors files, with the version of their metadata
 
 
 class BasicBlock(nn.Module):
@@ -334,9 +335,19 @@ def save_model(path: str | Path, model: nn.Module, metadata: dict[str, object]) 
     described = {"architecture": model.architecture, **metadata}
     check_metadata(described)
     texts = {key: json.dumps(value) for key, value in described.items()}
+    marks = {"file_format": FILE_FORMAT, "sha256": checksum(tensors, texts)}
     with atomic_path(path) as temporary:
         # Not save_file: it makes files that only their owner can read.
-        temporary.write_bytes(safetensors.torch.save(tensors, {"file_format": FILE_FORMAT} | texts))
+        temporary.write_bytes(safetensors.torch.save(tensors, marks | texts))
+
+
+def checksum(tensors: dict[str, Tensor], texts: dict[str, str]) -> str:
+    """SHA-256 of all that a model file says: names, types, shapes and values, and the metadata."""
+    digest = hashlib.sha256(json.dumps(texts, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def check_metadata(metadata: dict[str, object]) -> None:
@@ -375,6 +386,8 @@ def load_model(path: str | Path) -> tuple[ResNet, dict[str, object]]:
     try:
         if texts.pop("file_format", None) != FILE_FORMAT:
             raise ValueError(f"its metadata lacks file_format {FILE_FORMAT}")
+        if texts.pop("sha256", None) != checksum(tensors, texts):
+            raise ValueError("its SHA-256 is another: it is damaged")
         metadata = {key: json.loads(text) for key, text in texts.items()}
         check_metadata(metadata)
         # Built without memory and filled from the file: a lying architecture costs nothing.

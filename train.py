@@ -6,17 +6,19 @@
     torchrun --nproc-per-node 4 train.py         # one process per GPU
 
 A run lives in checkpoints/NAME: config.json, log.csv, curves.png, last.pt (everything --resume
-needs) and model.safetensors (what test.py and load_model need).
+needs; previous.pt is the one before) and model.safetensors (what test.py and load_model need).
 """
 
+import contextlib
 import copy
 import itertools
 import math
 import re
+import signal
 import statistics
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -37,6 +39,7 @@ from utils import (
     DivergenceError,
     InputError,
     Score,
+    StoppedError,
     check_integer,
     check_number,
     first_line,
@@ -46,6 +49,8 @@ CHECKPOINTS = Path("checkpoints")
 ADAM_BETAS = (0.9, 0.95)
 SMALL_SIZE = 28  # pixels; after a whitening stem it pools to 27, 13, 6 and 3, as 32 to 3
 PROXY_INTERVAL = 4  # steps: a proxy learns from the first of as many
+# What a run writes, beside W&B's folder; the state comes first and goes last.
+RUN_FILES = ("last.pt", utils.PREVIOUS, "config.json", "log.csv", "model.safetensors", "curves.png")
 LOG_INTERVAL = 20  # steps between looks at the running loss: each look waits for the device
 
 
@@ -143,7 +148,11 @@ class Config:
     seeds: int = 1
     """Networks to train one after the other, as NAME-0, NAME-1 and so on, with seeds from SEED."""
     resume: bool = False
-    """Go on with the run in checkpoints/NAME from its last whole epoch."""
+    """Go on with the run in checkpoints/NAME from its last saved step."""
+    overwrite: bool = False
+    """Remove the run that is in checkpoints/NAME and start anew."""
+    save_every: float = 5.0
+    """Minutes between two saves of the training state (also at each epoch's end); 0: each step."""
     bfloat16: bool = True
     """Compute in bfloat16 where the device is faster at it; weights and loss stay float32."""
     compile: bool = False
@@ -223,15 +232,242 @@ PRESETS = {
 }
 
 
+@dataclass
+class Progress:
+    """How far a run is, and what it saw on the way: all of it but what its parts learned."""
+
+    log: list[dict[str, float | None]] = field(default_factory=list)  # a row per whole epoch
+    step: int = 0  # steps taken since
+    seen: int = 0  # images trained on in these steps
+    loss: float = 0.0  # summed over these images
+    correct: float = 0.0  # how many of them were classified right
+    lr: float = 0.0  # at the start of the epoch
+    seconds: float = 0.0  # that these steps took
+    _unread: list[Tensor] = field(default_factory=list)  # (loss, correct) of the newest steps
+    _clock: float = 0.0
+
+    @property
+    def epochs(self) -> int:
+        """Whole epochs."""
+        return len(self.log)
+
+    @property
+    def mean_loss(self) -> float:
+        """Of an image of this epoch, as trained."""
+        return self.loss / self.seen
+
+    @property
+    def accuracy(self) -> float:
+        """Of this epoch, as trained, in percent."""
+        return 100 * self.correct / self.seen
+
+    def __str__(self) -> str:
+        return f"epoch {self.epochs + 1}, step {self.step}" if self.step else f"epoch {self.epochs}"
+
+    def start(self, lr: float) -> None:
+        """Begin an epoch, or go on with one."""
+        self.lr = self.lr if self.step else lr
+        self._clock = time.perf_counter() - self.seconds
+
+    def count(self, totals: Tensor, num_images: int) -> None:
+        """Note a step: its summed loss and how many were right, (2,), left on the device."""
+        self.step, self.seen = self.step + 1, self.seen + num_images
+        self._unread.append(totals)
+
+    def look(self) -> None:
+        """Read what was noted since the last look, which waits for the device.
+
+        One step after the other is added, so that the sums do not depend on when one looks.
+
+        Raises:
+            DivergenceError: the loss of a step is not finite.
+        """
+        self.seconds = time.perf_counter() - self._clock
+        if not self._unread:
+            return
+        unread = utils.sum_over_processes(torch.stack(self._unread)).tolist()
+        first = self.step - len(unread) + 1
+        self._unread.clear()
+        for step, (loss, correct) in enumerate(unread, start=first):
+            if not math.isfinite(loss):
+                raise DivergenceError(f"epoch {self.epochs + 1}, step {step}: the loss is {loss}")
+            self.loss, self.correct = self.loss + loss, self.correct + correct
+
+    def end_epoch(self, val: Score | None) -> None:
+        """Turn what was seen in this epoch into a row of the log."""
+        row = {
+            "epoch": self.epochs + 1,
+            "lr": self.lr,
+            "train_loss": self.mean_loss,
+            "train_accuracy": self.accuracy,
+            "val_loss": val and val.loss,
+            "val_accuracy": val and val.accuracy,
+            "seconds": time.perf_counter() - self._clock,
+        }
+        self.log.append(row)
+        self.step, self.seen, self.loss, self.correct, self.seconds = 0, 0, 0.0, 0.0, 0.0
+
+    def state(self) -> dict[str, object]:
+        """What `load_state` needs to be here again."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name[0] != "_"}
+
+    def load_state(self, state: dict[str, object]) -> None:
+        """Be where `state` was taken."""
+        for name in self.state():
+            setattr(self, name, state[name])
+
+
+class Parts:
+    """All that learns in a run: the network, its average, optimizers, schedules and proxy."""
+
+    def __init__(
+        self,
+        config: Config,
+        data: Dataset,
+        device: torch.device,
+        autocast: torch.autocast,
+        steps: int,
+    ) -> None:
+        self.model = make_model(config, data, device)
+        self.ema = make_average(self.model, config.ema) if config.ema else None
+        self.final = self.ema.module if self.ema else self.model  # what is tested and saved
+        self.optimizers = make_optimizers(self.model, config)
+        self.schedulers = [make_scheduler(o, config, steps) for o in self.optimizers]
+        self.proxy = Proxy(config, data, device, autocast, steps) if config.keep < 1 else None
+
+    def share_buffers(self) -> None:
+        """Give every process rank 0's BN statistics."""
+        utils.share_buffers(self.model)
+        if self.ema:
+            utils.share_buffers(self.ema.module)
+
+    def state(self) -> dict[str, object]:
+        """What `load_state` needs."""
+        proxy = self.proxy
+        return {
+            **get_state(self.model, self.optimizers, self.schedulers),
+            "ema": self.ema and self.ema.state_dict(),
+            "proxy": proxy and get_state(proxy.model, proxy.optimizers, proxy.schedulers),
+        }
+
+    def load_state(self, state: dict[str, object]) -> None:
+        """Be as these parts were when `state` was taken."""
+        set_state(state, self.model, self.optimizers, self.schedulers)
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
+        if self.proxy:
+            proxy = self.proxy
+            set_state(state["proxy"], proxy.model, proxy.optimizers, proxy.schedulers)
+
+
+class Saver:
+    """Writes a run's files: the training state every few minutes, the rest after every epoch."""
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        data: Dataset,
+        parts: Parts,
+        progress: Progress,
+        stop: utils.StopSignals,
+        wandb: utils.WandbRun | None,
+    ) -> None:
+        self.config, self.folder, self.data = config, folder, data
+        self.parts, self.progress, self.stop, self.wandb = parts, progress, stop, wandb
+        # Processes on GPUs agree now and then whether to save: each time they wait for each other.
+        on_gpu = data.train.labels.device.type == "cuda"
+        self.interval = LOG_INTERVAL if on_gpu and utils.num_processes() > 1 else 1  # steps
+        self.saved_at = 0.0
+
+    def after_step(self) -> None:
+        """Save if it is time to.
+
+        Raises:
+            StoppedError: a signal asked to end.
+        """
+        if self.progress.step % self.interval == 0:
+            due = time.monotonic() - self.saved_at >= 60 * self.config.save_every
+            due, number = utils.largest(due, self.stop.received)
+            if due or number:
+                self.progress.look()
+                self.save()
+            self.end_if_asked(number)
+
+    def after_epoch(self) -> None:
+        """Save, log and print.
+
+        Raises:
+            StoppedError: a signal asked to end.
+        """
+        if self.wandb:
+            self.wandb.log(self.progress.log[-1])
+        self.save()
+        if utils.is_main():
+            self.write_model()
+            print_epoch(self.progress.log[-1], self.config.epochs)
+        if self.progress.epochs < self.config.epochs:
+            self.end_if_asked(*utils.largest(self.stop.received))
+
+    def finish(self, test: Score) -> None:
+        """Write what a finished run leaves."""
+        log, curves = self.progress.log, self.folder / "curves.png"
+        self.write_model(test)
+        plots.learning_curves(log, curves, title=self.config.name)
+        self.wandb.finish({"test_loss": test.loss, "test_accuracy": test.accuracy}, curves)
+
+    def save(self) -> None:
+        """Write the training state.
+
+        Raises:
+            DivergenceError: it is not finite, and was not written.
+        """
+        state = self.parts.state()
+        if not utils.all_finite(state):
+            raise DivergenceError(f"{self.progress}: weights or gradients are not finite")
+        if utils.is_main():
+            utils.save_state(
+                self.folder / "last.pt",
+                {
+                    "config": record(self.config),
+                    "data_fingerprint": self.data.fingerprint,
+                    **state,
+                    **self.progress.state(),
+                    "wandb_id": self.wandb.id,
+                },
+            )
+        self.saved_at = time.monotonic()
+
+    def write_model(self, test: Score | None = None) -> None:
+        """Write the log and the network."""
+        log = self.progress.log
+        utils.write_csv(self.folder / "log.csv", log)
+        described = metadata(self.config, self.data, log, test)
+        save_model(self.folder / "model.safetensors", self.parts.final, described)
+
+    def end_if_asked(self, number: int) -> None:
+        """Raise StoppedError if a signal was received; 0 is none."""
+        if number:
+            name = signal.Signals(number).name
+            raise StoppedError(
+                number,
+                f"stopped by {name} after {self.progress}, saved in {self.folder};"
+                " the same command with --resume goes on from there",
+            )
+
+
 def train(config: Config) -> Score:
     """Train, save and test one network; returns its score on the test set.
 
     Runs on CUDA, MPS or the CPU, and data-parallel under torchrun. The last weights are tested,
-    once, at the end: the test set chooses nothing.
+    once, at the end: the test set chooses nothing. However the process ends, `resume` goes on from
+    the last saved step, on the CPU to the same result, bit for bit.
 
     Raises:
-        InputError: the configuration, the data or the run folder is wrong; nothing was written.
-        DivergenceError: the loss is no longer finite.
+        InputError: the configuration, the data or the run folder is wrong; nothing was written. Or
+            the disk is full; what was saved before is intact.
+        DivergenceError: the loss or the weights are no longer finite; they were not saved.
+        StoppedError: a signal asked to end; the state is saved.
     """
     check_config(config)
     if config.seeds > 1:
@@ -245,110 +481,89 @@ def train(config: Config) -> Score:
             config.dataset, config.data_dir, config.val_size, config.download, config.train_size
         )
     check_batches(config, len(data.train), world_size)
+    check_data(state, data)
     data = data.to(device)
 
-    model = make_model(config, data, device)
-    parallel = make_parallel(model)
     dtype = compute_dtype(config, device)
     autocast = make_autocast(dtype, device)
     criterion = make_criterion(config)
-    optimizers = make_optimizers(model, config)
     steps = math.ceil(len(data.train) / config.batch_size)
     steps = min(steps, config.limit_steps or steps)  # of an epoch
     num_images = min(steps * config.batch_size, len(data.train))
     num_images = round(config.keep * num_images)  # trained on in an epoch
-    schedulers = [make_scheduler(optimizer, config, steps) for optimizer in optimizers]
-    proxy = Proxy(config, data, device, autocast, steps) if config.keep < 1 else None
     augmentation = make_augmentation(config)
-    ema = make_average(model, config.ema) if config.ema else None
-    final = ema.module if ema else model  # what is tested and saved
+    parts = Parts(config, data, device, autocast, steps)
+    model, final, proxy = parts.model, parts.final, parts.proxy
+    parallel = make_parallel(model)
+    progress = Progress()
+    if state:
+        restore(state, folder, parts, progress)
 
-    def batches(epoch: int) -> Iterable[tuple[Tensor, Tensor, int]]:
+    def batches(epoch: int, done: int = 0) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """What an epoch trains on, after its first `done` steps."""
         order = (config.batch_size, config.seed, epoch)
         size = SMALL_SIZE if epoch <= config.small_share * config.epochs else IMAGE_SIZE
-        found = train_batches(data, augmentation, *order, rank, world_size, size)
-        return itertools.islice(found, steps)
+        found = train_batches(data, augmentation, *order, rank, world_size, size, done)
+        for step, batch in enumerate(itertools.islice(found, steps - done), start=done):
+            # Reseeded in every step, so that dropout, like the batches, needs no saved state.
+            torch.manual_seed(utils.derive_seed("dropout", config.seed, epoch, step, rank))
+            yield batch
 
-    log, wandb_id = [], None  # log: one row per finished epoch
-    if state:
-        restore(state, folder, model, ema, proxy, optimizers, schedulers)
-        log, wandb_id = state["log"], state["wandb_id"]
-    if is_main:
-        utils.write_json(folder / "config.json", asdict(config))
-        print_plan(config, data, device, dtype, world_size, steps, len(log))
-        wandb = utils.WandbRun(config.wandb, folder, asdict(config), wandb_id)
-        if device.type == "cpu" and len(log) < config.epochs:
-            passes = 2 if config.asam else 1
-            seconds = (steps * passes) * sum(
-                number * estimate_step(model, proxy, autocast, next(iter(batches(epoch))))
-                for epoch, number in epochs_of_each_size(config, len(log))
-            )
-            print(f"estimated time on this CPU: {utils.duration(seconds)}", flush=True)
+    with (
+        utils.lock_folder(folder),
+        utils.StopSignals() as stop,
+        divergence_explained(folder, progress),
+    ):
+        wandb = None
+        if is_main:
+            prepare_folder(config, folder)
+            print_plan(config, data, device, dtype, world_size, steps, progress)
+            run_id = state and state["wandb_id"]
+            wandb = utils.WandbRun(config.wandb, folder, record(config), run_id)
+        saver = Saver(config, folder, data, parts, progress, stop, wandb)
+        saver.save()
+        if is_main:
+            utils.write_json(folder / "config.json", record(config))
+            if device.type == "cpu" and progress.epochs < config.epochs:
+                estimate = estimate_seconds(config, parts, autocast, steps, progress, batches)
+                print(f"estimated time on this CPU: {utils.duration(estimate)}", flush=True)
 
-    for epoch in range(len(log) + 1, config.epochs + 1):
-        start = time.perf_counter()
-        lr = schedulers[0].get_last_lr()[0]
-        # Reseeded every epoch, so that dropout, like the batches, needs no saved state.
-        torch.manual_seed(utils.derive_seed("dropout", config.seed, epoch, rank))
-        model.train()
-        kept = proxy.hardest(batches(epoch)) if proxy else batches(epoch)
-        with progress_bar(config, epoch, num_images, is_main) as bar:
-            train_loss, train_accuracy = train_one_epoch(
-                parallel,
-                criterion,
-                optimizers,
-                schedulers,
-                kept,
-                autocast,
-                epoch,
-                bar,
-                config.asam,
-                ema,
-            )
-        utils.share_buffers(model)
-        if ema:
-            utils.share_buffers(ema.module)
-        val = None
-        if len(data.val):
-            logits = utils.evaluate(final, data.val.images, data.normalize)
-            val = utils.score(logits, data.val.labels)
-        log.append(
-            {
-                "epoch": epoch,
-                "lr": lr,
-                "train_loss": train_loss,
-                "train_accuracy": train_accuracy,
-                "val_loss": val and val.loss,
-                "val_accuracy": val and val.accuracy,
-                "seconds": time.perf_counter() - start,
-            }
+        while progress.epochs < config.epochs:
+            epoch = progress.epochs + 1
+            progress.start(parts.optimizers[0].param_groups[0]["lr"])
+            model.train()
+            kept = batches(epoch, progress.step)
+            if proxy:
+                kept = proxy.hardest(kept, progress.step)
+            with progress_bar(config, progress, num_images, is_main) as bar:
+                train_one_epoch(
+                    parallel,
+                    criterion,
+                    parts.optimizers,
+                    parts.schedulers,
+                    kept,
+                    autocast,
+                    progress,
+                    bar,
+                    config.asam,
+                    parts.ema,
+                    saver.after_step,
+                )
+            parts.share_buffers()
+            val = None
+            if len(data.val):
+                logits = utils.evaluate(final, data.val.images, data.normalize)
+                val = utils.score(logits, data.val.labels)
+            progress.end_epoch(val)
+            saver.after_epoch()
+
+        test = utils.score(
+            utils.evaluate(final, data.test.images, data.normalize), data.test.labels
         )
         if is_main:
-            utils.write_csv(folder / "log.csv", log)
-            save_model(folder / "model.safetensors", final, metadata(config, data, log))
-            utils.save_state(
-                folder / "last.pt",
-                {
-                    "config": asdict(config),
-                    **get_state(model, optimizers, schedulers),
-                    "ema": ema and ema.state_dict(),
-                    "proxy": proxy and get_state(proxy.model, proxy.optimizers, proxy.schedulers),
-                    "log": log,
-                    "wandb_id": wandb.id,
-                },
-            )
-            print_epoch(log[-1], config.epochs)
-            wandb.log(log[-1])
-
-    test = utils.score(utils.evaluate(final, data.test.images, data.normalize), data.test.labels)
-    if is_main:
-        save_model(folder / "model.safetensors", final, metadata(config, data, log, test))
-        plots.learning_curves(log, folder / "curves.png", title=config.name)
-        wandb.finish(
-            {"test_loss": test.loss, "test_accuracy": test.accuracy}, folder / "curves.png"
-        )
-        print(f"test accuracy: {test}")
-        print(f"next: python test.py {(folder / 'model.safetensors').as_posix()}")
+            saver.finish(test)
+            print(f"test accuracy: {test}")
+            print(f"next: python test.py {(folder / 'model.safetensors').as_posix()}")
     return test
 
 
@@ -367,7 +582,7 @@ def train_seeds(config: Config) -> list[Score]:
     runs = []
     for seed in range(config.seed, config.seed + config.seeds):
         name = f"{config.name}-{seed}"
-        started = seed == config.seed or (CHECKPOINTS / name / "last.pt").exists()
+        started = seed == config.seed or has_state(CHECKPOINTS / name)
         resume = config.resume and started
         runs.append(replace(config, name=name, seed=seed, seeds=1, resume=resume))
         check_config(runs[-1])
@@ -391,12 +606,13 @@ def train_one_epoch(
     schedulers: list[LRScheduler],
     batches: Iterable[tuple[Tensor, Tensor, int]],
     autocast: torch.autocast,
-    epoch: int,
+    progress: Progress,
     bar: tqdm,
     asam: float = 0.0,
     ema: AveragedModel | None = None,
-) -> tuple[float, float]:
-    """Step through `batches`; returns the mean loss and the accuracy in percent, as trained.
+    after_step: Callable[[], None] | None = None,
+) -> None:
+    """Step through `batches`; loss and accuracy, as trained, are counted in `progress`.
 
     Raises:
         DivergenceError: the loss is not finite.
@@ -413,9 +629,8 @@ def train_one_epoch(
         (loss * utils.num_processes() / batch_size).backward()
         return torch.stack([loss.detach(), (logits.argmax(1) == labels).sum()])
 
-    totals, seen = 0, 0  # totals: loss and correct, summed on the device and read now and then
-    for step, (images, labels, batch_size) in enumerate(batches, start=1):
-        totals, seen = totals + backward(images, labels, batch_size), seen + batch_size
+    for images, labels, batch_size in batches:
+        totals = backward(images, labels, batch_size)
         if asam:
             with utils.uphill(model, asam):
                 backward(images, labels, batch_size)
@@ -424,24 +639,14 @@ def train_one_epoch(
         if ema:
             ema.update_parameters(model)
 
+        progress.count(totals, batch_size)
         bar.update(batch_size)
-        if step % LOG_INTERVAL == 0:
-            mean_loss, accuracy = mean_metrics(
-                totals, seen, optimizers, f"epoch {epoch}, step {step}"
-            )
-            bar.set_postfix_str(f"loss={mean_loss:.3f}, acc={accuracy:.1f}%")
-    return mean_metrics(totals, seen, optimizers, f"epoch {epoch}, step {step}")
-
-
-def mean_metrics(
-    totals: Tensor, seen: int, optimizers: list[torch.optim.Optimizer], where: str
-) -> tuple[float, float]:
-    """Mean loss and accuracy in percent so far, over all processes, from their summed totals."""
-    loss, correct = utils.sum_over_processes(totals.clone()).tolist()
-    if not math.isfinite(loss):
-        lr = optimizers[0].param_groups[0]["lr"]
-        raise DivergenceError(f"{where}: the loss is {loss / seen} at lr {lr:g}; try a lower --lr")
-    return loss / seen, 100 * correct / seen
+        if progress.step % LOG_INTERVAL == 0:
+            progress.look()
+            bar.set_postfix_str(f"loss={progress.mean_loss:.3f}, acc={progress.accuracy:.1f}%")
+        if after_step:
+            after_step()
+    progress.look()
 
 
 class Proxy:
@@ -471,14 +676,15 @@ class Proxy:
         self.schedulers = [make_scheduler(o, config, steps) for o in self.optimizers]
 
     def hardest(
-        self, batches: Iterable[tuple[Tensor, Tensor, int]]
+        self, batches: Iterable[tuple[Tensor, Tensor, int]], done: int = 0
     ) -> Iterator[tuple[Tensor, Tensor, int]]:
         """An epoch's batches, of each the share `keep` with the largest loss, hardest first.
 
-        Under torchrun every process picks from its own share.
+        The first one is the epoch's batch number `done`. Under torchrun every process picks from
+        its own share.
         """
         self.model.train()
-        for step, (images, labels, batch_size) in enumerate(batches):
+        for step, (images, labels, batch_size) in enumerate(batches, start=done):
             learns = step % PROXY_INTERVAL == 0
             with torch.set_grad_enabled(learns):
                 with self.autocast:
@@ -604,13 +810,12 @@ def make_scheduler(
 
 def check_config(config: Config) -> None:
     """Raise InputError, naming the field, if this configuration cannot be trained."""
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if get_origin(field.type) is Literal and value not in get_args(field.type):
-            options = ", ".join(get_args(field.type))
-            raise InputError(f"{field.name}: {value!r} is not one of {options}")
-        if field.type in (bool, str) and not isinstance(value, field.type):
-            raise InputError(f"{field.name}: {value!r} is no {field.type.__name__}")
+    for constant in fields(config):
+        name, kind, value = constant.name, constant.type, getattr(config, constant.name)
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            raise InputError(f"{name}: {value!r} is not one of {', '.join(get_args(kind))}")
+        if kind in (bool, str) and not isinstance(value, kind):
+            raise InputError(f"{name}: {value!r} is no {kind.__name__}")
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", config.name):
         raise InputError(
             f"name: {config.name!r} is no plain folder name; use letters, digits and . _ -"
@@ -635,6 +840,7 @@ def check_config(config: Config) -> None:
     check_number("ema", config.ema, 0, 0.999999)
     check_number("weight_decay", config.weight_decay, 0, 1)
     check_number("rotation", config.rotation, 0, 180)
+    check_number("save_every", config.save_every, 0, 1e6)
     moved = config.flip != "none" or config.crop_padding or config.auto_augment
     if config.dataset == "digits" and moved:
         raise InputError(
@@ -673,31 +879,73 @@ def load_run(config: Config, folder: Path) -> dict[str, object] | None:
         InputError: there is a run that would be overwritten, or none to resume, or it was
             trained with other constants.
     """
+    if config.resume and config.overwrite:
+        raise InputError(
+            "overwrite: not with --resume, which goes on with the run; use one of both"
+        )
     if not config.resume:
-        if (folder / "last.pt").exists():
-            raise InputError(
-                f"name: {folder} holds a run already; add --resume to go on with it, give another"
-                " --name, or remove the folder"
-            )
+        check_new(config, folder)
         return None
     state = utils.load_state(folder / "last.pt")
-    needed = {"config", "model", "optimizers", "schedulers", "proxy", "log", "wandb_id"}
+    needed = {"config", "data_fingerprint", "model", "optimizers", "schedulers", "ema", "proxy"}
+    needed |= {"wandb_id", *Progress().state()}
     if missing := needed - set(state):
         raise InputError(
             f"resume: {folder / 'last.pt'} lacks {', '.join(sorted(missing))}; restore a copy of"
             " the file, or train under another --name"
         )
-    free = {"name", "data_dir", "download", "max_params", "resume", "compile", "wandb"}
-    for field in fields(config):
+    free = {"name", "data_dir", "download", "max_params", "resume", "overwrite", "save_every"}
+    free |= {"wandb"}
+    for constant in fields(config):
+        name, new = constant.name, getattr(config, constant.name)
         # A constant that the run does not know came after it, with a default that changes nothing.
-        old = state["config"].get(field.name, field.default)
-        new = getattr(config, field.name)
-        if old != new and field.name not in free:
+        old = state["config"].get(name, constant.default)
+        longer = name == "epochs" and new > old  # the schedule is that of the longer run from here
+        if old != new and not longer and name not in free:
+            more = " or more" if name == "epochs" else ""
             raise InputError(
-                f"{field.name}: {new!r}, but the run in {folder} was started with {old!r};"
-                " give that, or another --name"
+                f"{name}: {new!r}, but the run in {folder} was started with {old!r}; give"
+                f" that{more}, or another --name"
             )
     return state
+
+
+def has_state(folder: Path) -> bool:
+    """Whether there is something to resume."""
+    return any((folder / name).exists() for name in ("last.pt", utils.PREVIOUS))
+
+
+def check_new(config: Config, folder: Path) -> None:
+    """Raise InputError if `folder` holds a run that may not be overwritten."""
+    found = [name for name in RUN_FILES if (folder / name).exists()]
+    if found and not config.overwrite:
+        raise InputError(
+            f"name: {folder} holds a run already ({found[0]}); add --resume to go on with it,"
+            " --overwrite to lose it, or give another --name"
+        )
+
+
+def check_data(state: dict[str, object] | None, data: Dataset) -> None:
+    """Raise InputError if a run that is resumed was started on other images."""
+    if state and state["data_fingerprint"] != data.fingerprint:
+        raise InputError(
+            "data_dir: it holds other images than this run was started on (SHA-256 of all images"
+            " and labels); give their --data-dir, or another --name"
+        )
+
+
+def prepare_folder(config: Config, folder: Path) -> None:
+    """Make the folder, which is locked by now, ready for what is about to be written there.
+
+    Raises:
+        InputError: another process has trained there since `load_run` looked.
+    """
+    if config.resume:
+        utils.drop_damaged_state(folder / "last.pt")
+        return
+    check_new(config, folder)
+    for name in reversed(RUN_FILES):
+        (folder / name).unlink(missing_ok=True)
 
 
 def get_state(
@@ -722,32 +970,41 @@ def set_state(
     for name, parts in (("optimizers", optimizers), ("schedulers", schedulers)):
         for part, saved in zip(parts, state[name], strict=True):
             part.load_state_dict(saved)
+    for scheduler in schedulers:  # the next step's rates: a run of more epochs has others
+        for group, lr, factor in zip(
+            scheduler.optimizer.param_groups,
+            scheduler.base_lrs,
+            scheduler.lr_lambdas,
+            strict=True,
+        ):
+            group["lr"] = lr * factor(scheduler.last_epoch)
 
 
-def restore(
-    state: dict[str, object],
-    folder: Path,
-    model: nn.Module,
-    ema: AveragedModel | None,
-    proxy: Proxy | None,
-    optimizers: list[torch.optim.Optimizer],
-    schedulers: list[LRScheduler],
-) -> None:
+def restore(state: dict[str, object], folder: Path, parts: Parts, progress: Progress) -> None:
     """Load a training state into the parts it was taken from.
 
     Raises:
         InputError: it does not fit them.
     """
     try:
-        set_state(state, model, optimizers, schedulers)
-        if ema:
-            ema.load_state_dict(state["ema"])
-        if proxy:
-            set_state(state["proxy"], proxy.model, proxy.optimizers, proxy.schedulers)
+        parts.load_state(state)
+        progress.load_state(state)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(
             f"resume: what is in {folder / 'last.pt'} does not fit ({first_line(error)});"
             " restore a copy of the file, or train under another --name"
+        ) from None
+
+
+@contextlib.contextmanager
+def divergence_explained(folder: Path, progress: Progress) -> Iterator[None]:
+    """In the block, a DivergenceError tells the learning rate too, and what can be done."""
+    try:
+        yield
+    except DivergenceError as error:
+        raise DivergenceError(
+            f"{error} at lr {progress.lr:g}; the last good state is {folder / 'last.pt'}; start"
+            " again with a lower --lr, under another --name"
         ) from None
 
 
@@ -761,7 +1018,7 @@ def print_plan(
     dtype: torch.dtype,
     world_size: int,
     steps: int,
-    done: int,
+    progress: Progress,
 ) -> None:
     """Say what is about to be trained, on what, and from where."""
     cost = model_cost(**config.architecture())
@@ -774,18 +1031,32 @@ def print_plan(
         f" {len(data.test):,} test images"
     )
     processes = f" in {world_size} processes" if world_size > 1 else ""
-    resumed = f", going on after epoch {done}" if done else ""
+    resumed = ""
+    if progress.epochs or progress.step:
+        resumed = f", going on after {progress}"
     print(
         f"epochs: {config.epochs} of {steps:,} steps, on {device.type}{processes},"
         f" {utils.dtype_name(dtype)}{resumed}"
     )
 
 
-def epochs_of_each_size(config: Config, done: int) -> list[tuple[int, int]]:
-    """For small images, then for whole ones: an epoch that has them, and how many are to come."""
-    small = max(0, int(config.small_share * config.epochs) - done)
-    whole = config.epochs - done - small
-    return [(epoch, number) for epoch, number in ((1, small), (config.epochs, whole)) if number]
+def estimate_seconds(
+    config: Config,
+    parts: Parts,
+    autocast: torch.autocast,
+    steps: int,
+    progress: Progress,
+    batches: Callable[[int], Iterator[tuple[Tensor, Tensor, int]]],
+) -> float:
+    """About how long the rest of a run will take on this CPU."""
+    passes = 2 if config.asam else 1
+    small = max(0, int(config.small_share * config.epochs) - progress.epochs)
+    whole = config.epochs - progress.epochs - small
+    return (steps * passes) * sum(
+        number * estimate_step(parts.model, parts.proxy, autocast, next(batches(epoch)))
+        for epoch, number in ((1, small), (config.epochs, whole))
+        if number
+    )
 
 
 def estimate_step(
@@ -818,11 +1089,12 @@ def time_step(model: nn.Module, autocast: torch.autocast, images: Tensor, labels
     return min(seconds)
 
 
-def progress_bar(config: Config, epoch: int, num_images: int, is_main: bool) -> tqdm:
+def progress_bar(config: Config, progress: Progress, num_images: int, is_main: bool) -> tqdm:
     """A bar of one epoch's images; shown by the main process, where the output is a terminal."""
     return tqdm(
         total=num_images,
-        desc=f"epoch {epoch}/{config.epochs}",
+        initial=progress.seen,
+        desc=f"epoch {progress.epochs + 1}/{config.epochs}",
         unit="img",
         unit_scale=True,
         bar_format="{desc} {percentage:3.0f}%|{bar}| {rate_fmt}, {remaining} left{postfix}",
@@ -868,8 +1140,13 @@ def metadata(
         "unofficial_data_files": data.unofficial,
         "versions": utils.library_versions(),
         "git_commit": utils.git_commit(),
-        "config": asdict(config),
+        "config": record(config),
     }
+
+
+def record(config: Config) -> dict[str, object]:
+    """The constants of a run, without those that only tell how to begin."""
+    return asdict(replace(config, resume=False, overwrite=False))
 
 
 def main(args: list[str]) -> None:

@@ -12,23 +12,27 @@ import itertools
 import json
 import math
 import os
-import pickle
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import filelock
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 IMAGE_SIZE = 32  # pixels, both sides
+TEMPORARY = ".tmp-"  # how the name of what is being written begins
+PREVIOUS = "previous.pt"  # the training state that was saved before the last one
 EVAL_BATCH = 500  # images; one size everywhere, so that every script gets the same last digit
 
 
@@ -40,7 +44,15 @@ class InputError(ValueError):
 
 
 class DivergenceError(RuntimeError):
-    """Training produced a loss that is not finite."""
+    """Training produced a loss or weights that are not finite."""
+
+
+class StoppedError(Exception):
+    """A signal ended the training early; its state is saved."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number  # of the signal
 
 
 def check_integer(name: str, value: object, low: int, high: int | None = None) -> None:
@@ -77,17 +89,26 @@ def warn(message: str) -> None:
 def run_script(main: Callable[[list[str]], None]) -> None:
     """Run a script's `main(arguments)`; what a user can cause ends in one line and a status.
 
-    Exit status 2 for bad input, 1 for a diverged training, 130 for Ctrl-C.
+    Exit status 2 for bad input, 1 for a diverged training, 128 and the signal's number (130 for
+    Ctrl-C) for one that a signal stopped.
     """
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()
     except (InputError, DivergenceError) as error:
         if local_rank() == 0:  # one line, not one per process
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except StoppedError as stop:
+        if local_rank() == 0:
+            print(stop, file=sys.stderr)
+        sys.exit(128 + stop.number)
     except KeyboardInterrupt:
         print("interrupted; a training goes on with --resume", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # `... | head`: whoever read the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)  # SIGPIPE
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -133,24 +154,79 @@ def duration(seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it when the block ends well: whole or not at all.
+def atomic_path(path: str | Path, keep: Path | None = None) -> Iterator[Path]:
+    """A temporary path beside `path`; when the block ends well, on the disk and renamed to it.
+
+    Whatever happens, `path` holds all of its old content or all of its new.
+
+    Args:
+        keep: where the old content goes instead of being lost.
 
     Raises:
-        InputError: the folder cannot be written.
+        InputError: the folder cannot be written, or is full.
     """
-    path = Path(path)
+    path, folder = Path(path), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)
-    except OSError as error:
-        raise InputError(f"{path.parent}: cannot write there ({error.strerror})") from None
-    try:
+        folder = tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent)
         temporary = Path(folder, path.name)
         yield temporary
+        flush_to_disk(temporary)
+        if keep and path.exists():
+            path.replace(keep)
         temporary.replace(path)
+        with contextlib.suppress(OSError):  # some network file systems refuse it
+            flush_to_disk(path.parent)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror or first_line(error)}); what was there"
+            " before is intact"
+        ) from None
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file's content, or a folder's names, would outlive a power cut."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what a killed process was writing in `folder`."""
+    for path in folder.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Have `folder`, made if need be, to ourselves. A lock ends with its process, however it ends.
+
+    Raises:
+        InputError: another process has it, or it cannot be written.
+    """
+    problem, lock = None, filelock.FileLock(folder / "run.lock", blocking=False)
+    if is_main():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+            remove_temporaries(folder)
+        except filelock.Timeout:
+            problem = f"name: another process is training in {folder}; give another --name"
+        except OSError as error:
+            problem = f"name: {folder} cannot be written ({error.strerror})"
+    if problem := from_main(problem):
+        raise InputError(problem)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_json(path: Path, value: object) -> None:
@@ -174,31 +250,84 @@ def read_csv(path: str | Path) -> list[dict[str, str]]:
 
 
 def save_state(path: Path, state: dict[str, object]) -> None:
-    """Write a training state of tensors and plain values, whole or not at all."""
-    with atomic_path(path) as temporary:
-        torch.save(state, temporary)
+    """Write a training state of tensors and plain values, then its SHA-256, whole or not at all.
+
+    The state that was there becomes `previous.pt`.
+    """
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getbuffer()
+    with (
+        atomic_path(path, keep=path.with_name(PREVIOUS)) as temporary,
+        temporary.open("wb") as file,
+    ):
+        file.write(content)
+        file.write(hashlib.sha256(content).digest())
 
 
 def load_state(path: Path) -> dict[str, object]:
-    """Read what `save_state` wrote, on the CPU. Nothing in the file is executed.
+    """Read what `save_state` wrote, on the CPU; if it is damaged, the state before, with a warning.
+
+    Nothing in the file is executed.
 
     Raises:
-        InputError: the file is missing, damaged, or holds more than tensors and plain values.
+        InputError: both are missing, damaged, or hold more than tensors and plain values.
     """
-    if not path.is_file():
+    previous = path.with_name(PREVIOUS)
+    if not path.exists() and not previous.exists():
         raise InputError(f"resume: {path} does not exist; train without --resume first")
+    with contextlib.suppress(ValueError):
+        return read_state(path)
+    problem = "is damaged" if path.exists() else "is missing"
     try:
+        state = read_state(previous)
+    except ValueError:
+        raise InputError(
+            f"resume: {path} {problem} or was not written by train.py, and there is no sound"
+            f" {PREVIOUS}; restore a copy of it, train under another --name, or --overwrite it"
+        ) from None
+    warn(f"{path} {problem}; going on from {PREVIOUS}, the state that was saved before it")
+    return state
+
+
+def drop_damaged_state(path: Path) -> None:
+    """If the state in `path` is damaged or missing, put the previous one there.
+
+    Else the next save would make the damaged one the previous one.
+    """
+    try:
+        read_state(path)
+    except ValueError:
+        path.with_name(PREVIOUS).replace(path)
+
+
+def all_finite(state: object) -> bool:
+    """Whether every tensor in these nested dictionaries and lists is finite."""
+    if isinstance(state, Tensor):
+        return bool(state.isfinite().all())
+    values = state.values() if isinstance(state, dict) else state
+    return not isinstance(state, dict | list) or all(map(all_finite, values))
+
+
+def read_state(path: Path) -> dict[str, object]:
+    """The state in one file.
+
+    Raises:
+        ValueError: it is missing, damaged, or holds more than tensors and plain values.
+    """
+    try:
+        content = path.read_bytes()
+        content, digest = content[:-32], content[-32:]
+        if hashlib.sha256(content).digest() != digest:
+            raise ValueError("its SHA-256 is another")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about foreign pickles: they are refused below
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            warnings.simplefilter("ignore")  # about foreign pickles: they are refused
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
             raise TypeError("it holds no dictionary")
         return state
-    except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, ValueError, OSError):
-        raise InputError(
-            f"resume: {path} is damaged or was not written by train.py; restore a copy of it,"
-            " or train under another --name"
-        ) from None
+    except Exception as error:  # whatever a foreign file can raise
+        raise ValueError(f"{path}: {first_line(error)}") from None
 
 
 # ---------------------------------------------------------------- seeds and provenance
@@ -313,11 +442,59 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def from_main(value: object) -> object:
+    """What rank 0 passes, on every process."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def largest(*values: int) -> list[int]:
+    """Of each value the largest that any process has, on every process."""
+    if not dist.is_initialized():
+        return list(values)
+    on_gpu = dist.get_backend() == "nccl"
+    tensor = torch.tensor(values, device="cuda" if on_gpu else "cpu")
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
 def share_buffers(model: nn.Module) -> None:
     """Give every process rank 0's BN statistics, so that all test the network that is saved."""
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
+
+
+class StopSignals:
+    """In its block, a signal that asks the process to end is only noted, in `received`.
+
+    SIGINT (Ctrl-C), SIGTERM, and SIGUSR1, which SLURM sends when a job's time runs out. A second
+    Ctrl-C has its usual effect; under torchrun, which repeats every signal, none has.
+    """
+
+    NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")  # Windows has no SIGUSR1
+
+    def __init__(self) -> None:
+        self.received = 0  # number of the first signal
+        self._before = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():  # else they reach another
+            for name in self.NAMES:
+                if number := getattr(signal, name, None):
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: object) -> None:
+        if number == signal.SIGINT and self.received and num_processes() == 1:
+            raise KeyboardInterrupt
+        self.received = self.received or number
 
 
 # ---------------------------------------------------------------- optimisation

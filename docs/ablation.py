@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import utils
-from train import CHECKPOINTS, PRESETS, Config, train
+from train import CHECKPOINTS, PRESETS, Config, has_state, train
 
 SEEDS = (0, 1)
 BASE = {
@@ -43,7 +43,7 @@ CHANGES = {
 def configuration(change: str, seed: int) -> Config:
     """The run of one change and seed."""
     name = f"ablation-{change}-{seed}"
-    resume = (CHECKPOINTS / name / "last.pt").exists()
+    resume = has_state(CHECKPOINTS / name)
     constants = BASE | CHANGES[change]
     return replace(PRESETS["fast"], **constants, name=name, seed=seed, resume=resume)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import utils
-from train import CHECKPOINTS, Config, train
+from train import CHECKPOINTS, Config, has_state, train
 
 SEEDS = (0, 1)
 BASE = Config(
@@ -49,7 +49,7 @@ CHANGES = {
 def configuration(change: str, seed: int) -> Config:
     """The run of one change and seed."""
     name = f"candidate-{change}-{seed}"
-    resume = (CHECKPOINTS / name / "last.pt").exists()
+    resume = has_state(CHECKPOINTS / name)
     return replace(BASE, **CHANGES[change], name=name, seed=seed, resume=resume)
 
 

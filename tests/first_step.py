@@ -32,13 +32,15 @@ def main(batch_sizes):
         augmentation = Augmentation(0, "zeros", 5.0, "none", 0)
         batches = train_batches(digits, augmentation, batch_size, 0, 1, rank, world_size)
         one = itertools.islice(batches, 1)
-        loss, accuracy = train.train_one_epoch(
-            parallel, criterion, optimizers, [], one, float32, 1, tqdm(disable=True), asam=0.5
+        progress, bar = train.Progress(), tqdm(disable=True)
+        train.train_one_epoch(
+            parallel, criterion, optimizers, [], one, float32, progress, bar, asam=0.5
         )
         gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
         weights = torch.cat([p.detach().flatten() for p in model.parameters()])
         if rank == 0:
-            result = {"processes": world_size, "loss": loss, "accuracy": accuracy}
+            result = {"processes": world_size, "loss": progress.mean_loss}
+            result |= {"accuracy": progress.accuracy}
             result |= {"gradient": gradient.norm().item(), "weights": weights.norm().item()}
             print(json.dumps(result))
 

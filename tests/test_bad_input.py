@@ -195,7 +195,7 @@ def test_bad_data_file(cifar10_bin, tmp_path, damage, monkeypatch, capsys):
     folder = tmp_path / "d" / data.BINARY_FOLDER
     folder.mkdir(parents=True)
     for path in (cifar10_bin / data.BINARY_FOLDER).iterdir():
-        (folder / path.name).symlink_to(path)
+        (folder / path.name).hardlink_to(path)
     path = folder / "data_batch_2.bin"
     content = bytearray(path.read_bytes())
     path.unlink()
@@ -280,7 +280,7 @@ def test_state_whose_tensors_do_not_fit(finished, monkeypatch, capsys):
 def test_run_is_not_overwritten_nor_resumed_as_another(finished, monkeypatch, capsys):
     capsys.readouterr()
     same = "demo --name tiny --epochs 3 --limit-steps 3 --wandb disabled".split()
-    words = ["name", "checkpoints/tiny", "--resume", "another --name"]
+    words = ["name", "checkpoints/tiny", "--resume", "--overwrite", "another --name"]
     check_refusal("train.py", same, words, monkeypatch, capsys)
     words = ["lr", "0.2", "0.1", "another --name"]
     check_refusal("train.py", [*same, "--resume", "--lr", "0.2"], words, monkeypatch, capsys)
@@ -290,7 +290,7 @@ def test_run_is_not_overwritten_nor_resumed_as_another(finished, monkeypatch, ca
 
 def test_run_folder_that_cannot_be_made(monkeypatch, capsys):
     Path("checkpoints").write_text("a file")
-    words = ["checkpoints/demo", "cannot write"]
+    words = ["name", "checkpoints/demo", "cannot be written"]
     check_refusal("train.py", ["demo", "--wandb", "disabled"], words, monkeypatch, capsys)
 
 

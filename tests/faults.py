@@ -1,0 +1,322 @@
+"""Kill trainings and damage their files at random, and see whether anything is lost.
+
+    python tests/faults.py --kills 200 --corruptions 200
+
+A kill is SIGKILL at a random instant, or just before a random access to a file of the run, so that
+every gap in a save is met; every third run is killed again while it goes on. What is resumed must
+end as the unbroken run did, bit for bit: weights, BN statistics, average, optimizer, schedule,
+log (but its seconds) and test accuracy.
+
+A corruption flips a bit of a saved file, cuts it off, zeroes a range or swaps two. It must be
+noticed or make no difference. Whatever happens is one line of text, never a traceback.
+
+Each training is a fork of this process, so that PyTorch is loaded once.
+"""
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+# The first two are loaded here, so that no fork has to.
+import matplotlib.pyplot  # noqa: F401
+import torch
+import torch._dynamo
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train  # noqa: E402
+import utils  # noqa: E402
+from model import load_model  # noqa: E402
+
+TINY = replace(
+    train.PRESETS["demo"],
+    name="run",
+    c1=2,
+    epochs=3,
+    batch_size=16,
+    limit_steps=4,
+    dropout=0.2,
+    val_size=50,
+    save_every=0.0,  # after each step: most kills meet a save
+    wandb="disabled",
+)
+FAST = {
+    name: getattr(train.PRESETS["fast"], name)
+    for name in (
+        "stem c1 downsample pool_kernel padding optimizer lr momentum adam_lr label_smoothing"
+        " schedule keep small_share"
+    ).split()
+}
+RECIPES = [
+    TINY,
+    replace(TINY, schedule="cosine_restarts", restart_period=2, save_every=0.001),
+    replace(TINY, **FAST, width=1),
+    replace(TINY, zero_gamma=True, nesterov=True, warmup=0.4, asam=0.5, ema=0.9, cutout=8),
+]
+FILES = ("last.pt", utils.PREVIOUS, "model.safetensors")
+
+
+def main() -> int:
+    """Run both campaigns; returns 0 if nothing was lost."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--corruptions", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # before any operation: a pool of threads does not survive a fork
+    train.load_dataset = functools.cache(train.load_dataset)
+    train.load_dataset(TINY.dataset, TINY.data_dir, TINY.val_size, TINY.download, TINY.train_size)
+    utils.git_commit()
+    rng = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        whole = [Whole(config) for config in RECIPES]
+        lost = kill_all(whole, args.kills, rng)
+        lost += corrupt_all(whole, args.corruptions, rng)
+    return 1 if lost else 0
+
+
+# ---------------------------------------------------------------- trainings in forks
+
+
+class Fork:
+    """A training in a process of its own, killed before its `fatal`-th access to its folder."""
+
+    def __init__(self, config: train.Config, fatal: int = 0) -> None:
+        self.output = Path("output.txt")
+        self.pid = os.fork()
+        if self.pid:
+            return
+        status = 1
+        try:
+            with self.output.open("w") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+            accesses = count_accesses(config.name, fatal)
+            sys.argv = ["train.py"]
+            utils.run_script(lambda _: train.train(config))
+            Path("accesses").write_text(str(accesses[0]))
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        except BaseException:  # as the interpreter would, but that a fork must not go on from here
+            sys.excepthook(*sys.exc_info())
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+
+    def wait(self, seconds: float = 0) -> int:
+        """Kill it after so many seconds, if given; its exit status, negative for a signal."""
+        if seconds:
+            time.sleep(seconds)
+            os.kill(self.pid, signal.SIGKILL)
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    @property
+    def lines(self) -> list[str]:
+        """What it printed."""
+        return self.output.read_text().splitlines()
+
+
+def count_accesses(name: str, fatal: int) -> list[int]:
+    """Count openings, renamings and removals below the run folder; the `fatal`-th one kills."""
+    count, folder = [0], str(train.CHECKPOINTS / name)
+
+    def hook(event: str, args: tuple) -> None:
+        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"):
+            if folder not in str(args[0]):
+                return
+            count[0] += 1
+            if count[0] == fatal:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    return count
+
+
+class Whole:
+    """An unbroken training, and what it left."""
+
+    def __init__(self, config: train.Config) -> None:
+        start = time.perf_counter()
+        fork = Fork(config)
+        assert fork.wait() == 0, fork.lines
+        self.config, self.seconds = config, time.perf_counter() - start
+        self.accesses, self.result = int(Path("accesses").read_text()), result(config)
+        shutil.rmtree(train.CHECKPOINTS / config.name)
+
+
+def result(config: train.Config) -> dict[str, str]:
+    """Digests of what a finished run left, without its times."""
+    folder = train.CHECKPOINTS / config.name
+    assert not list(folder.glob(f"{utils.TEMPORARY}*"))
+    state = utils.read_state(folder / "last.pt")
+    model, info = load_model(folder / "model.safetensors")
+    log = utils.read_csv(folder / "log.csv")
+    for row in (*log, *state["log"]):
+        del row["seconds"]
+    return {"state": digest(state), "model": digest([model.state_dict(), info]), "log": digest(log)}
+
+
+def digest(value: object) -> str:
+    """SHA-256 of tensors and plain values, nested in dictionaries and lists."""
+    if isinstance(value, torch.Tensor):
+        content = f"{value.dtype} {tuple(value.shape)}".encode()
+        content += value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    elif isinstance(value, dict):
+        content = "".join(sorted(f"{key} {digest(v)}\n" for key, v in value.items())).encode()
+    elif isinstance(value, list | tuple):
+        content = "".join(map(digest, value)).encode()
+    else:
+        content = repr(value).encode()
+    return hashlib.sha256(content).hexdigest()
+
+
+# ---------------------------------------------------------------- kills
+
+
+def kill_all(whole: list[Whole], number: int, rng: random.Random) -> int:
+    """Kill so many trainings, and resume each; returns how many were lost."""
+    kills = again = unsaved = identical = trial = 0
+    bar = tqdm(total=number, desc="kills", disable=None)
+    while kills < number:
+        one, twice = whole[trial % len(whole)], kills % 3 == 2
+        shutil.rmtree("checkpoints", ignore_errors=True)
+        trial += 1
+        if not killed(one, rng):
+            continue  # it was finished before
+        kills += 1
+        if not has_state(one.config):
+            unsaved += 1  # in its first moments: the same command starts anew
+        elif twice:
+            again += killed(one, rng)
+        fork = Fork(replace(one.config, resume=has_state(one.config)))
+        status = fork.wait()
+        if status == 0 and is_silent(fork) and result(one.config) == one.result:
+            identical += 1
+        else:
+            print(f"lost, kill {kills}: exit status {status}", *fork.lines, sep="\n  ")
+        bar.update()
+    bar.close()
+    print(
+        f"kills {kills} (and {again} again while going on), before the first save {unsaved},"
+        f" resumes {kills - unsaved}, identical {identical}, lost {kills - identical}"
+    )
+    return kills - identical
+
+
+def killed(one: Whole, rng: random.Random) -> bool:
+    """Start or resume a training and kill it; whether it was still running."""
+    config = replace(one.config, resume=has_state(one.config))
+    if rng.random() < 0.5:
+        return Fork(config).wait(rng.uniform(0.01, one.seconds)) == -signal.SIGKILL
+    return Fork(config, fatal=rng.randint(1, one.accesses)).wait() == -signal.SIGKILL
+
+
+def has_state(config: train.Config) -> bool:
+    """Whether there is something to resume."""
+    return train.has_state(train.CHECKPOINTS / config.name)
+
+
+def is_silent(fork: Fork) -> bool:
+    """Whether it printed nothing but what a training prints, or that it used previous.pt."""
+    unusual = [line for line in fork.lines if line.startswith(("error", "warning", "Traceback"))]
+    return all(line.startswith("warning: ") and utils.PREVIOUS in line for line in unusual)
+
+
+# ---------------------------------------------------------------- corruptions
+
+
+def corrupt_all(whole: list[Whole], number: int, rng: random.Random) -> int:
+    """Damage so many files, and use each; returns how many were wrong without a word."""
+    counts = {"detected": 0, "harmless": 0, "wrong": 0}
+    broken = [half_done(one, Path(f"broken-{i}")) for i, one in enumerate(whole)]
+    for trial in tqdm(range(number), desc="corruptions", disable=None):
+        one = whole[trial % len(whole)]
+        shutil.rmtree("checkpoints", ignore_errors=True)
+        shutil.copytree(broken[trial % len(whole)], "checkpoints")
+        names = rng.choice([FILES[:1], FILES[:2], FILES[2:], FILES[2:]])
+        paths = [train.CHECKPOINTS / one.config.name / name for name in names]
+        sound = [path.read_bytes() for path in paths]
+        for path in paths:
+            damage(path, rng)
+        outcome = use_model(paths[0], sound[0]) if names == FILES[2:] else use_state(one, paths)
+        counts[outcome] += 1
+    shown = ", ".join(f"{name} {count}" for name, count in counts.items())
+    print(f"corruptions {number}: {shown}")
+    return counts["wrong"]
+
+
+def half_done(one: Whole, folder: Path) -> Path:
+    """Kill a training in its last third; `folder`, in which it then is with all its files."""
+    for fatal in range(one.accesses * 2 // 3, one.accesses):
+        shutil.rmtree("checkpoints", ignore_errors=True)
+        assert Fork(one.config, fatal).wait() == -signal.SIGKILL
+        if all((train.CHECKPOINTS / one.config.name / name).exists() for name in FILES):
+            break
+    return Path(shutil.move("checkpoints", folder))
+
+
+def damage(path: Path, rng: random.Random) -> None:
+    """Put another content in the place of a file, as long or shorter."""
+    old = path.read_bytes()
+    new = bytearray(old)
+    while new == old:
+        kind, size = rng.choice(["flip", "truncate", "zero", "swap"]), len(old)
+        a, b = sorted(rng.sample(range(size), 2))
+        length = rng.randint(1, min(1000, b - a, size - b))
+        if kind == "flip":
+            new[a] ^= 1 << rng.randrange(8)
+        elif kind == "truncate":
+            del new[a:]
+        elif kind == "zero":
+            new[a : a + length] = bytes(length)
+        else:
+            new[a : a + length], new[b : b + length] = new[b : b + length], new[a : a + length]
+    path.unlink()
+    path.write_bytes(new)
+
+
+def use_state(one: Whole, damaged: list[Path]) -> str:
+    """Resume from damaged states: the same result, or one line if there is no sound one left."""
+    before = [path.read_bytes() for path in damaged]
+    fork = Fork(replace(one.config, resume=True))
+    status = fork.wait()
+    if len(damaged) == 1:
+        warned = is_silent(fork) and fork.lines[0].startswith("warning: ")
+        detected = status == 0 and warned and result(one.config) == one.result
+    else:
+        refused = len(fork.lines) == 1 and fork.lines[0].startswith("error: resume: ")
+        intact = before == [path.read_bytes() for path in damaged]
+        detected = status == 2 and refused and intact
+    if detected:
+        return "detected"
+    print(f"wrong: exit status {status}", *fork.lines, sep="\n  ")
+    return "wrong"
+
+
+def use_model(path: Path, sound: bytes) -> str:
+    """Load a damaged model: one line, or the same network as before."""
+    try:
+        model, info = load_model(path)
+    except utils.InputError as error:
+        return "detected" if "\n" not in str(error) else "wrong"
+    path.write_bytes(sound)
+    expected, expected_info = load_model(path)
+    same = digest([model.state_dict(), info]) == digest([expected.state_dict(), expected_info])
+    return "harmless" if same else "wrong"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
