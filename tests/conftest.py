@@ -59,16 +59,15 @@ class Bomb:
         return open, ("bomb_went_off", "w")
 
 
-def command(*args):
+def command(*args, launcher=()):
     """The command line of one of the scripts."""
-    return [sys.executable, str(ROOT / args[0]), *map(str, args[1:])]
+    module = ("-m", *launcher) if launcher else ()
+    return [sys.executable, *module, str(ROOT / args[0]), *map(str, args[1:])]
 
 
-def run(*args, cwd=".", launcher=None, **env):
+def run(*args, cwd=".", launcher=(), **env):
     """Run a script in a process of its own."""
-    line = command(*args)
-    if launcher:
-        line = [sys.executable, "-m", *launcher, *line[1:]]
+    line = command(*args, launcher=launcher)
     return subprocess.run(line, cwd=cwd, env=os.environ | env, capture_output=True, text=True)
 
 

@@ -96,6 +96,10 @@ BAD_LINES = [
     ("train.py demo --seeds 0", ["seeds", "0", "at least 1"]),
     ("train.py demo --seeds 2 --seed 4294967295", ["seed", "4294967296", "to 4294967295"]),
     ("train.py demo --seeds 2 --resume", ["resume", "demo-0/last.pt", "does not exist"]),
+    ("train.py demo --resume --overwrite", ["overwrite", "--resume", "one of both"]),
+    ("train.py demo --save-every -1", ["save_every", "-1", "from 0 to"]),
+    ("train.py demo --save-every nan", ["save_every", "nan", "from 0 to"]),
+    ("train.py demo --save-every often", ["--save-every", "'often'", "-h"]),
     ("train.py demo --limit-steps -1", ["limit_steps", "-1", "at least 0"]),
     ("train.py demo --resume", ["resume", "last.pt", "does not exist", "without --resume"]),
     # test.py
@@ -261,7 +265,8 @@ def test_json_into_a_folder(finished, monkeypatch, capsys):
 
 @pytest.mark.parametrize("damage", FOREIGN.values(), ids=FOREIGN)
 def test_bad_state_to_resume(finished, damage, monkeypatch, capsys):
-    damage(Path("checkpoints/tiny/last.pt"))
+    for name in ("last.pt", "previous.pt"):
+        damage(Path("checkpoints/tiny", name))
     capsys.readouterr()
     line = "demo --name tiny --epochs 3 --limit-steps 3 --wandb disabled --resume"
     check_refusal("train.py", line.split(), ["resume", "last.pt", "; "], monkeypatch, capsys)

@@ -1,12 +1,17 @@
 """Two real processes under torchrun, with gloo."""
 
-import csv
 import json
+import os
 import re
+import shutil
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run
+import torch
+from conftest import ROOT, command, run
 
 import utils
 from data import load_dataset
@@ -17,9 +22,7 @@ TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 def test_two_processes_take_the_same_first_step_as_one():
     line = ("tests/first_step.py", 64, 33)
-    one, two = (
-        run(*line, launcher=launcher, PYTHONPATH=str(ROOT)) for launcher in (None, TORCHRUN)
-    )
+    one, two = (run(*line, launcher=launcher, PYTHONPATH=str(ROOT)) for launcher in ((), TORCHRUN))
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     for text, text_of_two in zip(one.stdout.splitlines(), two.stdout.splitlines(), strict=True):
         single, double = json.loads(text), json.loads(text_of_two)
@@ -28,26 +31,107 @@ def test_two_processes_take_the_same_first_step_as_one():
         assert single["gradient"] > 0.1
 
 
-def test_data_parallel_run_is_tested_by_one_process_with_the_same_result():
-    """Its validation set is more than one batch, so both processes take part in evaluating it."""
-    line = "train.py demo --epochs 2 --batch-size 63 --val-size 800 --wandb disabled".split()
-    line += "--limit-steps 9 --ema 0.8".split()
-    trained = run(*line, launcher=TORCHRUN)
+LINE = (
+    "train.py demo --epochs 2 --batch-size 63 --val-size 800 --limit-steps 9 --ema 0.8"
+    " --dropout 0.1 --save-every 0 --wandb disabled"
+).split()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A training of two processes: its run folder and what it printed."""
+    folder = tmp_path_factory.mktemp("whole")
+    trained = run(*LINE, launcher=TORCHRUN, cwd=folder)
     assert trained.returncode == 0, trained.stderr
-    assert "on cpu in 2 processes" in trained.stdout
-    assert trained.stdout.count("epoch 2/2") == 1  # one process prints
-    tested = run("test.py")
+    return folder / "checkpoints" / "demo", trained.stdout
+
+
+def log(folder):
+    return [{**row, "seconds": ""} for row in utils.read_csv(folder / "log.csv")]
+
+
+def test_data_parallel_run_is_tested_by_one_process_with_the_same_result(whole):
+    """Its validation set is more than one batch, so both processes take part in evaluating it."""
+    folder, output = whole
+    assert "on cpu in 2 processes" in output
+    assert output.count("epoch 2/2") == 1  # one process prints
+    tested = run("test.py", folder / "model.safetensors")
     assert tested.returncode == 0, tested.stderr
     pattern = r"test accuracy: [\d.]+% \(\d+ of 359"
-    assert re.findall(pattern, trained.stdout) == re.findall(pattern, tested.stdout) != []
+    assert re.findall(pattern, output) == re.findall(pattern, tested.stdout) != []
 
-    model, _ = load_model("checkpoints/demo/model.safetensors")
+    model, _ = load_model(folder / "model.safetensors")
     digits = load_dataset("digits", val_size=800)
     val = utils.score(utils.evaluate(model, digits.val.images, digits.normalize), digits.val.labels)
-    with Path("checkpoints/demo/log.csv").open() as file:
-        last = list(csv.DictReader(file))[-1]
+    last = log(folder)[-1]
     assert float(last["val_loss"]) == pytest.approx(val.loss, rel=1e-5)
     assert float(last["val_accuracy"]) == pytest.approx(val.accuracy)
+
+
+def child(launcher, rank):
+    """Process id of one rank below torchrun."""
+    for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        if f"\0RANK={rank}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes():
+            return int(pid)
+    raise LookupError(rank)
+
+
+def test_killed_process_ends_the_job_which_goes_on_with_as_many_or_one(whole):
+    process = subprocess.Popen(
+        command(*LINE, launcher=TORCHRUN),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("epoch 1/2"):
+            break
+    state = Path("checkpoints/demo/last.pt")
+    while not utils.read_state(state)["step"]:  # until the next epoch has begun
+        time.sleep(0.01)
+    os.kill(child(process.pid, rank=1), signal.SIGKILL)
+    start = time.monotonic()
+    process.communicate()
+    assert process.returncode != 0
+    assert time.monotonic() - start < 30  # not a hang
+    state = utils.load_state(state)
+    assert (len(state["log"]), state["step"] > 0) == (1, True)
+
+    shutil.copytree("checkpoints", "alone/checkpoints")
+    again = run(*LINE, "--resume", launcher=TORCHRUN)
+    assert again.returncode == 0, again.stderr
+    resumed, expected = (
+        load_model(folder / "model.safetensors")[0].state_dict()
+        for folder in (Path("checkpoints/demo"), whole[0])
+    )
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
+    assert log(Path("checkpoints/demo")) == log(whole[0])
+
+    alone = run(*LINE, "--resume", cwd="alone")  # sums in another order, BN over whole batches
+    assert alone.returncode == 0, alone.stderr
+    ours, theirs = log(Path("alone/checkpoints/demo")), log(whole[0])
+    assert ours[0] == theirs[0]
+    assert float(ours[1]["train_loss"]) == pytest.approx(float(theirs[1]["train_loss"]), rel=0.2)
+
+
+def test_signal_to_torchrun_saves_at_the_same_step_everywhere():
+    process = subprocess.Popen(
+        command(*LINE, "--epochs", 50, launcher=TORCHRUN),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("epoch  1/50"):
+            process.terminate()
+            break
+    errors = process.communicate()[1]
+    assert process.returncode != 0
+    stopped = [line for line in errors.splitlines() if line.startswith("stopped by SIGTERM")]
+    assert len(stopped) == 1
+    state = utils.load_state(Path("checkpoints/demo/last.pt"))
+    where = f"epoch {len(state['log']) + 1}, step {state['step']}"
+    assert (where if state["step"] else f"epoch {len(state['log'])}") + "," in stopped[0]
 
 
 def test_bad_input_under_torchrun_is_one_line_and_ends_all_processes():

@@ -292,7 +292,8 @@ def test_model_file_explains_itself(demo):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_network_learns_the_same_and_is_saved_under_plain_names(tiny):
-    config = replace(tiny, epochs=1, c1=4, asam=0.5, bfloat16=False)
+    small = {"num_blocks": (1,), "c1": 2, "pool_kernel": 32}  # compiled in seconds
+    config = replace(tiny, **small, epochs=1, asam=0.5, bfloat16=False)
     plain = train(replace(config, name="plain"))
     torch._dynamo.utils.counters.clear()
     compiled = train(replace(config, name="compiled", compile=True))
@@ -373,21 +374,15 @@ FAST = {  # what sets the preset apart, on a network as small as the demo's
         " schedule keep small_share"
     ).split()
 } | {"width": 1}
-BEST = {"nesterov": True, "warmup": 0.5, "asam": 0.5, "ema": 0.9, "cutout": 8}
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"schedule": "cosine_restarts", "restart_period": 2, "val_size": 100}, FAST, BEST],
-    ids=["tpsnet", "restarts", "fast", "best"],
-)
-def test_killed_run_resumes_to_the_bit(tiny, changes):
-    """SIGKILL after the second epoch; the resumed run cannot be told from the unbroken one."""
+def test_killed_run_resumes_to_the_bit(tiny):
+    """SIGKILL to a process from the shell; tests/faults.py has many more, and all recipes."""
+    changes = FAST | {"ema": 0.9}
     options = "demo --epochs 4 --limit-steps 8 --dropout 0.2 --wandb disabled".split()
     config = replace(tiny, name="whole", epochs=4, limit_steps=8, dropout=0.2, **changes)
     for name, value in changes.items():
-        option = f"--{name.replace('_', '-')}"
-        options += [option] if value is True else [option, str(value)]
+        options += [f"--{name.replace('_', '-')}", str(value)]
     line = command("train.py", *options, "--name", "broken")
     process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
     for text in process.stdout:
@@ -403,17 +398,6 @@ def test_killed_run_resumes_to_the_bit(tiny, changes):
     assert same(weights("whole"), weights("broken"))
     logs = [[{**row, "seconds": ""} for row in read_log(name)] for name in ("whole", "broken")]
     assert logs[0] == logs[1]
-    states = [load_state(train_script.CHECKPOINTS / n / "last.pt") for n in ("whole", "broken")]
-    if config.ema:
-        assert same(*(state["ema"] for state in states))
-    if config.keep < 1:
-        assert same(*(state["proxy"]["model"] for state in states))
-        states += [state["proxy"] for state in states]
-    for first, second in zip(states[::2], states[1::2], strict=True):
-        for one, other in zip(first["optimizers"], second["optimizers"], strict=True):
-            for key, buffers in one["state"].items():
-                assert same(buffers, other["state"][key])
-        assert first["schedulers"] == second["schedulers"]
 
 
 # ---------------------------------------------------------------- the proxy

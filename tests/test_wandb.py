@@ -4,6 +4,7 @@ import csv
 import struct
 import sys
 from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -99,6 +100,25 @@ def test_failing_library_is_one_warning_and_the_result_the_same(tiny, monkeypatc
     monkeypatch.setattr(wandb, "init", fail if broken == "init" else lambda **_: online)
     assert train(replace(tiny, wandb="offline")) == expected
     assert capsys.readouterr().err == "warning: wandb: out of order; going on without it\n"
+
+
+@pytest.mark.parametrize("trouble", ["broken login", "unwritable folder"])
+def test_real_library_in_trouble_is_one_warning(tiny, monkeypatch, capsys, trouble):
+    if trouble == "broken login":
+        monkeypatch.setenv("WANDB_API_KEY", "no-key")
+        monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # refuses
+        mode, words = "auto", "WANDB_API_KEY invalid"
+    else:
+        Path("checkpoints/tiny").mkdir(parents=True)
+        Path("checkpoints/tiny/wandb").write_text("a file in the way of the folder")
+        mode, words = "offline", "Not a directory"
+    train(replace(tiny, wandb=mode))
+    captured = capsys.readouterr()
+    assert captured.err.startswith("warning: wandb: ")
+    assert words in captured.err
+    assert captured.err.endswith("; going on without it\n")
+    assert captured.err.count("\n") == 1
+    assert "test accuracy" in captured.out
 
 
 def test_disabled_never_imports_the_library(tiny, monkeypatch, capsys):

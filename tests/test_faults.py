@@ -1,0 +1,391 @@
+"""A run cannot be lost: kills, signals, full disks, two runs at once, divergence, damaged files."""
+
+import itertools
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import tarfile
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, Bomb, run, run_main
+
+import train as train_script
+import utils
+from data import load_dataset
+from model import load_model
+from train import main, train
+from utils import InputError
+
+FOLDER = Path("checkpoints/tiny")
+LINE = "demo --name tiny --epochs 3 --limit-steps 3 --wandb disabled".split()  # the fixture `tiny`
+
+
+def weights(folder=FOLDER):
+    return load_model(folder / "model.safetensors")[0].state_dict()
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+
+
+def log(folder=FOLDER):
+    return [{**row, "seconds": ""} for row in utils.read_csv(folder / "log.csv")]
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """Make something happen while a training takes its n-th step."""
+
+    def arrange(number, action):
+        count, step = itertools.count(1), torch.optim.SGD.step
+
+        def stepping(*args):
+            if next(count) == number:
+                action()
+            return step(*args)
+
+        monkeypatch.setattr(torch.optim.SGD, "step", stepping)
+
+    return arrange
+
+
+@pytest.fixture
+def network(monkeypatch):
+    """A list that gets the network as soon as it is made."""
+    made, make_model = [], train_script.make_model
+
+    def make(*args):
+        made.append(make_model(*args))
+        return made[-1]
+
+    monkeypatch.setattr(train_script, "make_model", make)
+    return made
+
+
+# ---------------------------------------------------------------- kills, at random
+
+
+def test_small_campaign_loses_nothing():
+    """SIGKILL and damaged files, for the recipes of all presets; `faults.py` says what it does."""
+    result = run("tests/faults.py", "--kills", 8, "--corruptions", 12)
+    assert result.returncode == 0, result.stdout + result.stderr
+    kills, corruptions = result.stdout.splitlines()
+    assert re.search(r"^kills 8 .* within an epoch [1-8], identical 8, lost 0$", kills)
+    assert re.search(r"^corruptions 12: detected \d+, harmless \d+, wrong 0$", corruptions)
+
+
+def test_kill_while_a_damaged_state_is_replaced_loses_nothing(tiny, monkeypatch):
+    """last.pt is damaged; the first save after it must not make it the previous one."""
+    whole = train(replace(tiny, name="whole"))
+    train(tiny)
+    path = FOLDER / "last.pt"
+    path.write_bytes(path.read_bytes()[:-100])
+    replace_path = Path.replace
+
+    def stop_between_the_renamings(self, target):
+        replace_path(self, target)
+        if Path(target).name == utils.PREVIOUS:
+            raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", stop_between_the_renamings)
+        with pytest.raises(ZeroDivisionError):
+            train(replace(tiny, resume=True))
+    assert train(replace(tiny, resume=True)) == whole
+
+
+def test_what_a_killed_process_was_writing_is_removed(tiny):
+    leftover = FOLDER / f"{utils.TEMPORARY}abc"
+    leftover.mkdir(parents=True)
+    (leftover / "last.pt").write_text("half")
+    train(tiny)
+    assert not leftover.exists()
+
+
+# ---------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_signal_lets_the_step_end_saves_and_says_how_to_go_on(
+    name, tiny, at_step, monkeypatch, capsys
+):
+    whole = train(replace(tiny, name="whole"))
+    number = getattr(signal, name)
+    at_step(5, lambda: os.kill(os.getpid(), number))
+    before = signal.getsignal(number)
+    line = [*LINE, "--wandb", "offline"]  # the library must not take the signals for itself
+    assert run_main(main, *line, monkeypatch=monkeypatch) == 128 + number
+    assert signal.getsignal(number) == before
+    assert capsys.readouterr().err == (
+        f"stopped by {name} after epoch 2, step 2, saved in checkpoints/tiny;"
+        " the same command with --resume goes on from there\n"
+    )
+    state = utils.load_state(FOLDER / "last.pt")
+    assert (len(state["log"]), state["step"]) == (1, 2)
+    assert train(replace(tiny, resume=True)) == whole
+    assert same(weights(), weights(Path("checkpoints/whole")))
+    assert log() == log(Path("checkpoints/whole"))
+
+
+def test_signal_in_the_last_step_of_an_epoch(tiny, at_step, monkeypatch, capsys):
+    monkeypatch.setattr(train_script.Saver, "after_step", lambda self: None)  # it came after that
+    at_step(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run_main(main, *LINE, monkeypatch=monkeypatch) == 143
+    assert "stopped by SIGTERM after epoch 2, saved" in capsys.readouterr().err
+    assert len(log()) == 2
+
+
+def test_signal_too_late_to_matter_lets_the_run_finish(tiny, at_step, monkeypatch):
+    monkeypatch.setattr(train_script.Saver, "after_step", lambda self: None)
+    at_step(9, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run_main(main, *LINE, monkeypatch=monkeypatch) == 0
+    assert load_model(FOLDER / "model.safetensors")[1]["accuracy"]["test"] is not None
+
+
+def test_second_ctrl_c_stops_at_once(tiny, at_step, monkeypatch, capsys):
+    at_step(5, lambda: (os.kill(os.getpid(), signal.SIGINT), os.kill(os.getpid(), signal.SIGINT)))
+    assert run_main(main, *LINE, monkeypatch=monkeypatch) == 130
+    assert capsys.readouterr().err == "interrupted; a training goes on with --resume\n"
+    state = utils.load_state(FOLDER / "last.pt")
+    assert (len(state["log"]), state["step"]) == (1, 0)  # nothing was saved any more
+
+
+def test_slurm_script_of_the_readme_requeues_itself(tmp_path):
+    """With stand-ins for srun, which here warns of the end of the time, and scontrol."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    script = re.search(r"```sh\n(#!/bin/bash\n.*?)```", readme, re.DOTALL).group(1)
+    assert "srun python train.py tpsnet --wandb offline" in script
+    small = "demo --name tpsnet --epochs 400 --limit-steps 2 --wandb disabled"
+    script = script.replace("train.py tpsnet --wandb offline", f"{ROOT / 'train.py'} {small}")
+    srun = """
+        shift
+        "$PYTHON" "$@" > out.txt &
+        until grep -q "^epoch *2/" out.txt; do sleep 0.1; done
+        kill -USR1 $!
+        wait $!
+    """
+    for name, text in {"srun": srun, "scontrol": 'echo "$@" > scontrol.txt'}.items():
+        Path(name).write_text(f"#!/bin/bash\n{text}\n")
+        Path(name).chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
+    job = subprocess.run(
+        ["bash", "-c", script],
+        env=env | {"PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert "stopped by SIGUSR1 after epoch " in job.stderr
+    assert Path("scontrol.txt").read_text() == "requeue 77\n"
+    assert job.returncode == 0
+
+    Path("srun").write_text('#!/bin/bash\necho "$@" > srun.txt\nexit 3\n')  # the next time
+    job = subprocess.run(["bash", "-c", script], env=env, check=False)
+    assert Path("srun.txt").read_text().split()[-1] == "--resume"
+    assert job.returncode == 3
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_states_are_saved_as_often_as_asked(tiny, monkeypatch):
+    counts = []
+    for every in (5.0, 0.0):
+        saved = []
+        monkeypatch.setattr(utils, "save_state", lambda *args, saved=saved: saved.append(args))
+        train(replace(tiny, save_every=every, name=f"every-{every}"))
+        counts.append(len(saved))
+    assert counts == [1 + 3, 1 + 3 * (3 + 1)]  # at the start, after steps and after epochs
+
+
+def test_previous_state_is_kept(tiny):
+    train(tiny)
+    states = [utils.read_state(FOLDER / name) for name in ("last.pt", utils.PREVIOUS)]
+    assert [(len(state["log"]), state["step"]) for state in states] == [(3, 0), (2, 0)]
+
+
+def test_full_disk_stops_with_one_line_and_leaves_the_checkpoint(tiny, monkeypatch, capsys):
+    """The kernel refuses to let a file grow: the second epoch's state does not fit any more."""
+    whole = train(replace(tiny, name="whole"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    fill = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (400_000, hard))
+    with monkeypatch.context() as patch:
+        patch.setattr(train_script, "print_epoch", lambda *_: fill())
+        try:
+            assert run_main(main, *LINE, monkeypatch=patch) == 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert capsys.readouterr().err == (
+        "error: checkpoints/tiny/last.pt: cannot be written (File too large);"
+        " what was there before is intact\n"
+    )
+    assert not list(FOLDER.glob(f"{utils.TEMPORARY}*"))
+    assert len(utils.read_state(FOLDER / "last.pt")["log"]) == 1
+    assert train(replace(tiny, resume=True)) == whole
+
+
+def test_second_run_in_a_folder_is_refused(tiny, monkeypatch, capsys):
+    with utils.lock_folder(FOLDER):
+        assert run_main(main, *LINE, monkeypatch=monkeypatch) == 2
+        assert capsys.readouterr().err == (
+            "error: name: another process is training in checkpoints/tiny; give another --name\n"
+        )
+        assert [path.name for path in FOLDER.iterdir()] == ["run.lock"]
+    train(tiny)  # free again
+
+
+@pytest.mark.parametrize("name", train_script.RUN_FILES)
+def test_any_file_of_a_run_protects_it(tiny, name):
+    FOLDER.mkdir(parents=True)
+    (FOLDER / name).write_text("mine")
+    with pytest.raises(InputError, match=f"holds a run already .{name}.; .* --overwrite"):
+        train(tiny)
+    assert [path.read_text() for path in FOLDER.iterdir()] == ["mine"]
+
+
+def test_overwrite_starts_anew(tiny):
+    train(replace(tiny, seed=5, epochs=4))
+    (FOLDER / "notes.txt").write_text("mine")
+    train(replace(tiny, overwrite=True))
+    train(replace(tiny, name="other"))
+    assert same(weights(), weights(Path("checkpoints/other")))
+    assert len(log()) == 3
+    assert (FOLDER / "notes.txt").read_text() == "mine"
+    assert utils.read_state(FOLDER / "last.pt")["config"] == asdict(tiny)
+
+
+# ---------------------------------------------------------------- divergence and drift
+
+
+def test_gradient_that_is_not_finite_is_never_saved(tiny, at_step, network, monkeypatch, capsys):
+    """In the very last step, when no loss comes after it."""
+    at_step(9, lambda: network[0].linear.bias.grad.fill_(float("inf")))
+    assert run_main(main, *LINE, monkeypatch=monkeypatch) == 1
+    assert capsys.readouterr().err == (
+        "error: epoch 3: weights or gradients are not finite at lr 0.025; the last good state is"
+        " checkpoints/tiny/last.pt; start again with a lower --lr, under another --name\n"
+    )
+    state = utils.read_state(FOLDER / "last.pt")
+    assert len(state["log"]) == len(log()) == 2
+    assert all(tensor.isfinite().all() for tensor in weights().values())
+
+
+def test_loss_that_is_not_finite_names_its_step(tiny, at_step, network, monkeypatch, capsys):
+    at_step(4, lambda: network[0].linear.bias.grad.fill_(float("nan")))
+    assert run_main(main, *LINE, monkeypatch=monkeypatch) == 1
+    assert capsys.readouterr().err.startswith(
+        "error: epoch 2, step 2: the loss is nan at lr 0.075; the last good state is checkpoints"
+    )
+    assert len(utils.read_state(FOLDER / "last.pt")["log"]) == len(log()) == 1
+
+
+def test_run_may_become_longer_but_not_shorter(tiny):
+    train(replace(tiny, schedule="linear"))
+    with pytest.raises(InputError, match=r"^epochs: 2, but .* with 3; give that or more"):
+        train(replace(tiny, schedule="linear", epochs=2, resume=True))
+    train(replace(tiny, schedule="linear", epochs=6, resume=True))
+    rates = [float(row["lr"]) for row in log()]
+    assert rates == pytest.approx([0.1, 0.2 / 3, 0.1 / 3, 0.05, 0.1 / 3, 0.1 / 6])
+
+
+def test_constants_that_change_nothing_may_change(tiny, tmp_path):
+    first = train(tiny)
+    FOLDER.rename("checkpoints/renamed")
+    changes = {"name": "renamed", "data_dir": "elsewhere", "save_every": 1.0, "wandb": "offline"}
+    assert train(replace(tiny, resume=True, **changes)) == first
+
+
+def test_other_images_are_refused(tiny, monkeypatch):
+    train(tiny)
+    other = replace(load_dataset("digits"), fingerprint="another")
+    monkeypatch.setattr(train_script, "load_dataset", lambda *_: other)
+    with pytest.raises(InputError, match=r"^data_dir: it holds other images"):
+        train(replace(tiny, resume=True))
+
+
+# ---------------------------------------------------------------- hostile files
+
+
+def test_state_with_code_inside_is_refused_though_its_checksum_is_right(tiny):
+    train(tiny)
+    path = FOLDER / "last.pt"
+    utils.save_state(path, {"model": Bomb()})
+    utils.save_state(path, {"model": Bomb()})  # and the previous one
+    with pytest.raises(InputError, match=r"^resume: .*last.pt is damaged or was not written by"):
+        train(replace(tiny, resume=True))
+    assert not Path("bomb_went_off").exists()
+
+
+@pytest.mark.parametrize("length", [2**62, 10**9, 2**64 - 1])
+def test_safetensors_file_that_lies_about_its_sizes(tiny, length):
+    train(tiny)
+    path = FOLDER / "model.safetensors"
+    content = path.read_bytes()
+    header = int.from_bytes(content[:8], "little")
+    liars = [
+        length.to_bytes(8, "little") + content[8:],  # of the header
+        content[:8] + content[8 : 8 + header].replace(b"[8,3,3,3]", b"[8,3,3,9]") + content[-99:],
+    ]
+    for liar in liars:
+        assert liar != content
+        path.unlink()
+        path.write_bytes(liar)
+        with pytest.raises(InputError, match=r"^checkpoint: .* is damaged"):
+            load_model(path)
+
+
+@pytest.mark.parametrize("link", ["data_batch_3.bin", "archive"])
+def test_data_file_that_is_a_link_to_somewhere_else(cifar10_bin, tmp_path, link):
+    source = cifar10_bin / "cifar-10-batches-bin"
+    if link == "archive":
+        Path("data").mkdir()
+        Path("outside").write_text("precious")
+        Path("data/cifar-10-python.tar.gz").symlink_to(tmp_path / "outside")
+    else:
+        Path("data/cifar-10-batches-bin").mkdir(parents=True)
+        for path in source.iterdir():
+            if path.name != link:
+                Path("data/cifar-10-batches-bin", path.name).hardlink_to(path)
+        Path("data/cifar-10-batches-bin", link).symlink_to(source / link)
+    with pytest.raises(InputError, match=r"^data_dir: .* is a link to .*, outside its folder"):
+        load_dataset("cifar10", download=True)
+    if link == "archive":
+        assert Path("outside").read_text() == "precious"
+    Path("linked").symlink_to(cifar10_bin)  # a whole folder may be elsewhere
+    assert len(load_dataset("cifar10", "linked").train) == 50_000
+
+
+def test_archive_with_names_that_lead_out_of_the_folder_is_not_unpacked(monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")  # refuses
+    Path("evil").write_text("evil")
+    Path("data").mkdir()
+    with tarfile.open("data/cifar-10-python.tar.gz", "w:gz") as tar:
+        tar.add("evil", "../escaped")
+        tar.add("evil", "cifar-10-batches-py/../../escaped")
+    for download in (False, True):
+        with pytest.raises(InputError, match=r"^data_dir: no CIFAR-10 in data"):
+            load_dataset("cifar10", download=download)
+        assert not Path("escaped").exists()
+
+
+def test_pickle_in_the_place_of_a_batch_is_not_loaded(monkeypatch):
+    import pickle
+
+    from torchvision.datasets import CIFAR10
+
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
+    folder = Path("data", CIFAR10.base_folder)
+    folder.mkdir(parents=True)
+    for name, _ in [*CIFAR10.train_list, *CIFAR10.test_list, ["batches.meta", ""]]:
+        (folder / name).write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(InputError, match=r"^data_dir: no CIFAR-10 in data"):
+        load_dataset("cifar10", download=False)
+    assert not Path("bomb_went_off").exists()
