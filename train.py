@@ -51,6 +51,7 @@ SMALL_SIZE = 28  # pixels; after a whitening stem it pools to 27, 13, 6 and 3, a
 PROXY_INTERVAL = 4  # steps: a proxy learns from the first of as many
 # What a run writes, beside W&B's folder; the state comes first and goes last.
 RUN_FILES = ("last.pt", utils.PREVIOUS, "config.json", "log.csv", "model.safetensors", "curves.png")
+EPOCH_SAVE = 10  # seconds: an epoch that ends sooner after a save is not worth one of its own
 LOG_INTERVAL = 20  # steps between looks at the running loss: each look waits for the device
 
 
@@ -152,7 +153,7 @@ class Config:
     overwrite: bool = False
     """Remove the run that is in checkpoints/NAME and start anew."""
     save_every: float = 5.0
-    """Minutes between two saves of the training state (also at each epoch's end); 0: each step."""
+    """Minutes between saves of the training state, beside those at epochs' ends; 0: each step."""
     bfloat16: bool = True
     """Compute in bfloat16 where the device is faster at it; weights and loss stay float32."""
     compile: bool = False
@@ -387,32 +388,36 @@ class Saver:
             StoppedError: a signal asked to end.
         """
         if self.progress.step % self.interval == 0:
-            due = time.monotonic() - self.saved_at >= 60 * self.config.save_every
-            due, number = utils.largest(due, self.stop.received)
+            due, number = utils.largest(self.is_due(), self.stop.received)
             if due or number:
                 self.progress.look()
                 self.save()
             self.end_if_asked(number)
 
     def after_epoch(self) -> None:
-        """Save, log and print.
+        """Log and print, and save unless that was done seconds ago.
 
         Raises:
             StoppedError: a signal asked to end.
         """
+        last = self.progress.epochs == self.config.epochs
+        due, number = utils.largest(last or self.is_due(EPOCH_SAVE), self.stop.received)
         if self.wandb:
             self.wandb.log(self.progress.log[-1])
-        self.save()
-        if utils.is_main():
+        if due or number:
+            self.save()
             self.write_model()
+        if utils.is_main():
+            utils.write_csv(self.folder / "log.csv", self.progress.log)
             print_epoch(self.progress.log[-1], self.config.epochs)
-        if self.progress.epochs < self.config.epochs:
-            self.end_if_asked(*utils.largest(self.stop.received))
+        if not last:
+            self.end_if_asked(number)
 
     def finish(self, test: Score) -> None:
         """Write what a finished run leaves."""
         log, curves = self.progress.log, self.folder / "curves.png"
         self.write_model(test)
+        utils.write_csv(self.folder / "log.csv", log)
         plots.learning_curves(log, curves, title=self.config.name)
         self.wandb.finish({"test_loss": test.loss, "test_accuracy": test.accuracy}, curves)
 
@@ -439,11 +444,15 @@ class Saver:
         self.saved_at = time.monotonic()
 
     def write_model(self, test: Score | None = None) -> None:
-        """Write the log and the network."""
-        log = self.progress.log
-        utils.write_csv(self.folder / "log.csv", log)
-        described = metadata(self.config, self.data, log, test)
-        save_model(self.folder / "model.safetensors", self.parts.final, described)
+        """Write the network."""
+        if utils.is_main():
+            described = metadata(self.config, self.data, self.progress.log, test)
+            save_model(self.folder / "model.safetensors", self.parts.final, described)
+
+    def is_due(self, seconds: float = math.inf) -> bool:
+        """Whether `save_every`, or so many seconds, have passed since the last save."""
+        seconds = min(seconds, 60 * self.config.save_every)
+        return time.monotonic() - self.saved_at >= seconds
 
     def end_if_asked(self, number: int) -> None:
         """Raise StoppedError if a signal was received; 0 is none."""

@@ -24,7 +24,7 @@ from train import main, train
 from utils import InputError
 
 FOLDER = Path("checkpoints/tiny")
-LINE = "demo --name tiny --epochs 3 --limit-steps 3 --wandb disabled".split()  # the fixture `tiny`
+LINE = "demo --name tiny --epochs 3 --limit-steps 3 --wandb disabled --save-every 0".split()
 
 
 def weights(folder=FOLDER):
@@ -154,7 +154,7 @@ def test_second_ctrl_c_stops_at_once(tiny, at_step, monkeypatch, capsys):
     assert run_main(main, *LINE, monkeypatch=monkeypatch) == 130
     assert capsys.readouterr().err == "interrupted; a training goes on with --resume\n"
     state = utils.load_state(FOLDER / "last.pt")
-    assert (len(state["log"]), state["step"]) == (1, 0)  # nothing was saved any more
+    assert (len(state["log"]), state["step"]) == (1, 1)  # nothing was saved any more
 
 
 def test_slurm_script_of_the_readme_requeues_itself(tmp_path):
@@ -196,18 +196,19 @@ def test_slurm_script_of_the_readme_requeues_itself(tmp_path):
 
 def test_states_are_saved_as_often_as_asked(tiny, monkeypatch):
     counts = []
-    for every in (5.0, 0.0):
+    for every, epoch_save in ((5.0, 0), (5.0, 10), (0.0, 10)):
         saved = []
         monkeypatch.setattr(utils, "save_state", lambda *args, saved=saved: saved.append(args))
-        train(replace(tiny, save_every=every, name=f"every-{every}"))
+        monkeypatch.setattr(train_script, "EPOCH_SAVE", epoch_save)
+        train(replace(tiny, save_every=every, name=f"run-{len(counts)}"))
         counts.append(len(saved))
-    assert counts == [1 + 3, 1 + 3 * (3 + 1)]  # at the start, after steps and after epochs
+    assert counts == [1 + 3, 1 + 1, 1 + 3 * (3 + 1)]  # at the start, at epochs' ends, each step
 
 
 def test_previous_state_is_kept(tiny):
-    train(tiny)
+    train(replace(tiny, save_every=0.0))
     states = [utils.read_state(FOLDER / name) for name in ("last.pt", utils.PREVIOUS)]
-    assert [(len(state["log"]), state["step"]) for state in states] == [(3, 0), (2, 0)]
+    assert [(len(state["log"]), state["step"]) for state in states] == [(3, 0), (2, 3)]
 
 
 def test_full_disk_stops_with_one_line_and_leaves_the_checkpoint(tiny, monkeypatch, capsys):
@@ -268,17 +269,19 @@ def test_gradient_that_is_not_finite_is_never_saved(tiny, at_step, network, monk
     at_step(9, lambda: network[0].linear.bias.grad.fill_(float("inf")))
     assert run_main(main, *LINE, monkeypatch=monkeypatch) == 1
     assert capsys.readouterr().err == (
-        "error: epoch 3: weights or gradients are not finite at lr 0.025; the last good state is"
+        "error: epoch 3, step 3: weights or gradients are not finite at lr 0.025; the last good state is"
         " checkpoints/tiny/last.pt; start again with a lower --lr, under another --name\n"
     )
     state = utils.read_state(FOLDER / "last.pt")
-    assert len(state["log"]) == len(log()) == 2
+    assert (len(state["log"]), len(log()), state["step"]) == (2, 2, 2)
+    assert utils.all_finite(state)
     assert all(tensor.isfinite().all() for tensor in weights().values())
 
 
 def test_loss_that_is_not_finite_names_its_step(tiny, at_step, network, monkeypatch, capsys):
     at_step(4, lambda: network[0].linear.bias.grad.fill_(float("nan")))
-    assert run_main(main, *LINE, monkeypatch=monkeypatch) == 1
+    monkeypatch.setattr(train_script, "EPOCH_SAVE", 0)
+    assert run_main(main, *LINE, "--save-every", "5", monkeypatch=monkeypatch) == 1
     assert capsys.readouterr().err.startswith(
         "error: epoch 2, step 2: the loss is nan at lr 0.075; the last good state is checkpoints"
     )

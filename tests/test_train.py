@@ -379,7 +379,9 @@ FAST = {  # what sets the preset apart, on a network as small as the demo's
 def test_killed_run_resumes_to_the_bit(tiny):
     """SIGKILL to a process from the shell; tests/faults.py has many more, and all recipes."""
     changes = FAST | {"ema": 0.9}
-    options = "demo --epochs 4 --limit-steps 8 --dropout 0.2 --wandb disabled".split()
+    options = (
+        "demo --epochs 4 --limit-steps 8 --dropout 0.2 --wandb disabled --save-every 0".split()
+    )
     config = replace(tiny, name="whole", epochs=4, limit_steps=8, dropout=0.2, **changes)
     for name, value in changes.items():
         options += [f"--{name.replace('_', '-')}", str(value)]
