@@ -156,6 +156,8 @@ class Config:
     """Minutes between saves of the training state, beside those at epochs' ends; 0: each step."""
     bfloat16: bool = True
     """Compute in bfloat16 where the device is faster at it; weights and loss stay float32."""
+    deterministic: bool = False
+    """Same bits in every run on a GPU too, by slower kernels; a CPU's are always the same."""
     compile: bool = False
     """Run the network through torch.compile: a minute's wait, then faster steps on a GPU."""
     limit_steps: int = 0
@@ -481,7 +483,7 @@ def train(config: Config) -> Score:
     check_config(config)
     if config.seeds > 1:
         raise InputError(f"seeds: {config.seeds} networks are not one; call train_seeds")
-    device, rank, world_size = utils.init_processes()
+    device, rank, world_size = utils.init_processes(config.deterministic)
     is_main = utils.is_main()
     folder = CHECKPOINTS / config.name
     state = load_run(config, folder)

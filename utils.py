@@ -364,16 +364,20 @@ def library_versions() -> dict[str, str]:
 # ---------------------------------------------------------------- processes and devices
 
 
-def init_processes() -> tuple[torch.device, int, int]:
+def init_processes(deterministic: bool = False) -> tuple[torch.device, int, int]:
     """Device, rank and number of processes: one process, or those that torchrun started.
 
     CUDA, then MPS, then the CPU, whichever is there; NCCL between CUDA devices, else Gloo. Float32
-    matrix products may use TF32, and cuDNN times its algorithms: every batch has the same shape.
+    matrix products may use TF32, and cuDNN times its algorithms, since every batch has the same
+    shape; unless they are to be `deterministic` (pytorch.org/docs/stable/notes/randomness.html).
     """
     keep_freed_memory()
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = not deterministic
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank())

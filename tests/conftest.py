@@ -14,6 +14,7 @@ import utils
 from train import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
+TINY = replace(PRESETS["demo"], name="tiny", epochs=3, limit_steps=3, wandb="disabled")
 
 
 @pytest.fixture(autouse=True)
@@ -23,10 +24,20 @@ def empty_folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def own_wandb_service():
+    """End the service that W&B started in this process: the next test's scripts would join it."""
+    yield
+    if "WANDB_SERVICE" in os.environ:
+        import wandb
+
+        wandb.teardown()
+
+
 @pytest.fixture
 def tiny():
-    """The demo cut down to seconds: 3 epochs of 3 steps, nothing sent anywhere."""
-    return replace(PRESETS["demo"], name="tiny", epochs=3, limit_steps=3, wandb="disabled")
+    """The demo cut down to a second: 3 epochs of 3 steps, nothing sent anywhere."""
+    return TINY
 
 
 @pytest.fixture(scope="session")

@@ -9,10 +9,13 @@ import subprocess
 import time
 from pathlib import Path
 
+import first_step
 import pytest
 import torch
-from conftest import ROOT, command, run
+from conftest import ROOT, command, run, run_main
 
+import test
+import train
 import utils
 from data import load_dataset
 from model import load_model
@@ -20,11 +23,12 @@ from model import load_model
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-def test_two_processes_take_the_same_first_step_as_one():
-    line = ("tests/first_step.py", 64, 33)
-    one, two = (run(*line, launcher=launcher, PYTHONPATH=str(ROOT)) for launcher in ((), TORCHRUN))
-    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
-    for text, text_of_two in zip(one.stdout.splitlines(), two.stdout.splitlines(), strict=True):
+def test_two_processes_take_the_same_first_step_as_one(capsys):
+    two = run("tests/first_step.py", 64, 33, launcher=TORCHRUN, PYTHONPATH=str(ROOT))
+    assert two.returncode == 0, two.stderr
+    first_step.main([64, 33])
+    one = capsys.readouterr().out
+    for text, text_of_two in zip(one.splitlines(), two.stdout.splitlines(), strict=True):
         single, double = json.loads(text), json.loads(text_of_two)
         assert (single.pop("processes"), double.pop("processes")) == (1, 2)
         assert double == pytest.approx(single, rel=1e-5)
@@ -50,17 +54,19 @@ def log(folder):
     return [{**row, "seconds": ""} for row in utils.read_csv(folder / "log.csv")]
 
 
-def test_data_parallel_run_is_tested_by_one_process_with_the_same_result(whole):
+def test_data_parallel_run_is_tested_by_one_process_with_the_same_result(
+    whole, monkeypatch, capsys
+):
     """Its validation set is more than one batch, so both processes take part in evaluating it."""
     folder, output = whole
     assert "on cpu in 2 processes" in output
     assert output.count("epoch 2/2") == 1  # one process prints
-    tested = run("test.py", folder / "model.safetensors")
-    assert tested.returncode == 0, tested.stderr
+    path = folder / "model.safetensors"
+    assert run_main(test.main, path, monkeypatch=monkeypatch) == 0
     pattern = r"test accuracy: [\d.]+% \(\d+ of 359"
-    assert re.findall(pattern, output) == re.findall(pattern, tested.stdout) != []
+    assert re.findall(pattern, output) == re.findall(pattern, capsys.readouterr().out) != []
 
-    model, _ = load_model(folder / "model.safetensors")
+    model, _ = load_model(path)
     digits = load_dataset("digits", val_size=800)
     val = utils.score(utils.evaluate(model, digits.val.images, digits.normalize), digits.val.labels)
     last = log(folder)[-1]
@@ -76,7 +82,7 @@ def child(launcher, rank):
     raise LookupError(rank)
 
 
-def test_killed_process_ends_the_job_which_goes_on_with_as_many_or_one(whole):
+def test_killed_process_ends_the_job_which_goes_on_with_as_many_or_one(whole, monkeypatch):
     process = subprocess.Popen(
         command(*LINE, launcher=TORCHRUN),
         stdout=subprocess.PIPE,
@@ -107,9 +113,9 @@ def test_killed_process_ends_the_job_which_goes_on_with_as_many_or_one(whole):
     assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
     assert log(Path("checkpoints/demo")) == log(whole[0])
 
-    alone = run(*LINE, "--resume", cwd="alone")  # sums in another order, BN over whole batches
-    assert alone.returncode == 0, alone.stderr
-    ours, theirs = log(Path("alone/checkpoints/demo")), log(whole[0])
+    monkeypatch.chdir("alone")
+    assert run_main(train.main, *LINE[1:], "--resume", monkeypatch=monkeypatch) == 0
+    ours, theirs = log(Path("checkpoints/demo")), log(whole[0])  # BN saw whole batches here
     assert ours[0] == theirs[0]
     assert float(ours[1]["train_loss"]) == pytest.approx(float(theirs[1]["train_loss"]), rel=0.2)
 

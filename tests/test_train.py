@@ -2,15 +2,15 @@ import copy
 import itertools
 import json
 import math
+import os
 import re
 import shutil
-import subprocess
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import command, run_main
+from conftest import run_main
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -376,30 +376,19 @@ FAST = {  # what sets the preset apart, on a network as small as the demo's
 } | {"width": 1}
 
 
-def test_killed_run_resumes_to_the_bit(tiny):
-    """SIGKILL to a process from the shell; tests/faults.py has many more, and all recipes."""
-    changes = FAST | {"ema": 0.9}
-    options = (
-        "demo --epochs 4 --limit-steps 8 --dropout 0.2 --wandb disabled --save-every 0".split()
-    )
-    config = replace(tiny, name="whole", epochs=4, limit_steps=8, dropout=0.2, **changes)
-    for name, value in changes.items():
-        options += [f"--{name.replace('_', '-')}", str(value)]
-    line = command("train.py", *options, "--name", "broken")
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
-    for text in process.stdout:
-        if text.startswith("epoch 2/4"):
-            process.kill()
-    assert process.wait() == -9
-    assert len(load_state(train_script.CHECKPOINTS / "broken" / "last.pt")["log"]) < 4
-
-    # The threads split sums differently from one process to the next only if their number differs.
-    whole = train(config)
-    resumed = train(replace(config, name="broken", resume=True))
-    assert resumed == whole
-    assert same(weights("whole"), weights("broken"))
-    logs = [[{**row, "seconds": ""} for row in read_log(name)] for name in ("whole", "broken")]
-    assert logs[0] == logs[1]
+@pytest.mark.parametrize("changes", [{}, FAST], ids=["tpsnet", "fast"])
+def test_deterministic_kernels_are_asked_for_and_exist(tiny, monkeypatch, changes):
+    """On a GPU they make a difference; here it is seen that no operation lacks one."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    config = replace(tiny, **changes)
+    expected = train(replace(config, name="other"))
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert train(replace(config, deterministic=True)) == expected
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.backends.cudnn.benchmark
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    utils.init_processes()
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 # ---------------------------------------------------------------- the proxy
