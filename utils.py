@@ -75,15 +75,37 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def from_environment(name: str, default: str = "") -> int:
+    """A number that torchrun sets.
+
+    Raises:
+        InputError: it is none, or is missing and has no default.
+    """
+    text = os.environ.get(name, default)
+    if not text.isdecimal():
+        raise InputError(
+            f"{name}: {text!r} in the environment is no number; unset what torchrun sets (RANK,"
+            " LOCAL_RANK, WORLD_SIZE), or start several processes with it"
+        )
+    return int(text)
+
+
 def local_rank() -> int:
     """Number of this process on its machine, as torchrun counts; 0 without torchrun."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return from_environment("LOCAL_RANK", "0")
+
+
+def complain(message: str) -> None:
+    """Print one line on stderr, once per machine and not once per process."""
+    with contextlib.suppress(InputError):  # a LOCAL_RANK that is no number is told by all
+        if local_rank() > 0:
+            return
+    print(message, file=sys.stderr)
 
 
 def warn(message: str) -> None:
     """Print a one-line warning, once per machine."""
-    if local_rank() == 0:
-        print(f"warning: {message}", file=sys.stderr)
+    complain(f"warning: {message}")
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
@@ -96,19 +118,20 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         main(sys.argv[1:])
         sys.stdout.flush()
     except (InputError, DivergenceError) as error:
-        if local_rank() == 0:  # one line, not one per process
-            print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         sys.exit(2 if isinstance(error, InputError) else 1)
     except StoppedError as stop:
-        if local_rank() == 0:
-            print(stop, file=sys.stderr)
+        complain(str(stop))
         sys.exit(128 + stop.number)
     except KeyboardInterrupt:
         print("interrupted; a training goes on with --resume", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # `... | head`: whoever read the output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + 13)  # SIGPIPE
+    except OSError as error:  # often of what is printed: its disk is full, or `head` has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again
+        if isinstance(error, BrokenPipeError):
+            sys.exit(128 + 13)  # SIGPIPE
+        complain(f"error: {error}")
+        sys.exit(2)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -378,9 +401,12 @@ def init_processes(deterministic: bool = False) -> tuple[torch.device, int, int]
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = not deterministic
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world_size = from_environment("RANK", "0"), from_environment("WORLD_SIZE", "1")
+    here = local_rank()
+    if world_size > 1:
+        from_environment("MASTER_PORT")
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank())
+        device = torch.device("cuda", here)
         torch.cuda.set_device(device)
     elif torch.backends.mps.is_available() and world_size == 1:
         device = torch.device("mps")

@@ -155,6 +155,17 @@ def test_command_line_without_its_library(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [("RANK", "x"), ("LOCAL_RANK", "-1"), ("WORLD_SIZE", ""), ("WORLD_SIZE", "2")],
+)
+def test_bad_environment(name, value, monkeypatch, capsys):
+    monkeypatch.setenv(name, value)
+    words = [repr(value), name] if value != "2" else ["MASTER_PORT"]  # two processes meet there
+    line = ["demo", "--wandb", "disabled"]
+    check_refusal("train.py", line, [*words, "in the environment", "torchrun"], monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
     ("field", "value"),
     [
         ("dataset", "mnist"),

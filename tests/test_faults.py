@@ -230,6 +230,22 @@ def test_full_disk_stops_with_one_line_and_leaves_the_checkpoint(tiny, monkeypat
     assert train(replace(tiny, resume=True)) == whole
 
 
+@pytest.mark.parametrize("reason", ["its disk is full", "its reader has gone"])
+def test_output_that_cannot_be_written(tiny, monkeypatch, capsys, reason):
+    if reason == "its disk is full":
+        writer, status, error = os.open("/dev/full", os.O_WRONLY), 2, "error: [Errno 28] No space"
+    else:
+        reader, writer = os.pipe()
+        os.close(reader)
+        status, error = 141, ""
+    with monkeypatch.context() as patch, os.fdopen(writer, "w") as output:
+        patch.setattr(sys, "stdout", output)
+        assert run_main(main, *LINE, monkeypatch=patch) == status
+    errors = capsys.readouterr().err
+    assert errors.startswith(error)
+    assert errors.count("\n") == (status == 2)
+
+
 def test_second_run_in_a_folder_is_refused(tiny, monkeypatch, capsys):
     with utils.lock_folder(FOLDER):
         assert run_main(main, *LINE, monkeypatch=monkeypatch) == 2
