@@ -58,11 +58,11 @@ FAST = {
         "stem c1 downsample pool_kernel padding optimizer lr momentum adam_lr label_smoothing"
         " schedule keep small_share"
     ).split()
-}
+} | {"width": 1}
 RECIPES = [
     TINY,
     replace(TINY, schedule="cosine_restarts", restart_period=1, save_every=0.001),
-    replace(TINY, **FAST, width=1),
+    replace(TINY, **FAST),
     replace(TINY, zero_gamma=True, nesterov=True, warmup=0.5, asam=0.5, ema=0.9, cutout=8),
 ]
 FILES = ("last.pt", utils.PREVIOUS, "model.safetensors")
@@ -210,11 +210,9 @@ def kill_all(whole: list[Whole], number: int, rng: random.Random) -> int:
             print(f"lost, kill {kills}: exit status {status}", *fork.lines, sep="\n  ")
         bar.update()
     bar.close()
-    print(
-        f"kills {kills} (and {again} again while going on), before the first save {unsaved},"
-        f" resumes {kills - unsaved}, of them within an epoch {within},"
-        f" identical {identical}, lost {kills - identical}"
-    )
+    print(f"kills {kills}, and {again} again while going on; before the first save {unsaved}")
+    print(f"resumes {kills - unsaved}, of them within an epoch {within};", end=" ")
+    print(f"identical {identical}, lost {kills - identical}")
     return kills - identical
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import run_main
+from faults import FAST
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -365,15 +366,6 @@ def test_a_seed_decides_everything_and_nothing_else_does(tiny):
     train(replace(config, name="c", seed=1))
     assert same(weights("a"), weights("b"))
     assert not same(weights("a"), weights("c"))
-
-
-FAST = {  # what sets the preset apart, on a network as small as the demo's
-    name: getattr(PRESETS["fast"], name)
-    for name in (
-        "stem c1 downsample pool_kernel padding optimizer lr momentum adam_lr label_smoothing"
-        " schedule keep small_share"
-    ).split()
-} | {"width": 1}
 
 
 @pytest.mark.parametrize("changes", [{}, FAST], ids=["tpsnet", "fast"])
