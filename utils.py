@@ -279,7 +279,7 @@ def save_state(path: Path, state: dict[str, object]) -> None:
     """
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    content = buffer.getbuffer()
+    content = buffer.getvalue()  # not getbuffer: a failed write crashed Python 3.12.1 later
     with (
         atomic_path(path, keep=path.with_name(PREVIOUS)) as temporary,
         temporary.open("wb") as file,
