@@ -281,12 +281,7 @@ def split_validation(dataset: Dataset, val_size: int) -> Dataset:
     """`dataset` with `val_size` of its training images moved to `val`, class by class."""
     if val_size == 0:
         return dataset
-    num_classes, num_images = len(dataset.class_names), len(dataset.train)
-    if not num_classes <= val_size <= num_images - num_classes:
-        raise InputError(
-            f"val_size: {val_size} of {num_images:,} training images; use 0, or {num_classes} to"
-            f" {num_images - num_classes:,}"
-        )
+    check_size("val_size", val_size, dataset)
     train, val = stratified(dataset.train, val_size)
     return replace(dataset, train=train, val=val)
 
@@ -295,13 +290,18 @@ def take_training(dataset: Dataset, train_size: int) -> Dataset:
     """`dataset` with only `train_size` of its training images, of every class the same share."""
     if train_size in (0, len(dataset.train)):
         return dataset
-    num_classes, num_images = len(dataset.class_names), len(dataset.train)
-    if not num_classes <= train_size <= num_images - num_classes:
-        raise InputError(
-            f"train_size: {train_size} of {num_images:,} training images; use 0 for all of them, or"
-            f" {num_classes} to {num_images - num_classes:,}"
-        )
+    check_size("train_size", train_size, dataset)
     return replace(dataset, train=stratified(dataset.train, train_size)[1])
+
+
+def check_size(name: str, size: int, dataset: Dataset) -> None:
+    """Raise InputError unless both parts of a split at `size` can have images of every class."""
+    num_classes, num_images = len(dataset.class_names), len(dataset.train)
+    if not num_classes <= size <= num_images - num_classes:
+        raise InputError(
+            f"{name}: {size} of {num_images:,} training images; use 0, or {num_classes} to"
+            f" {num_images - num_classes:,}"
+        )
 
 
 def stratified(split: Split, size: int) -> tuple[Split, Split]:

@@ -138,13 +138,13 @@ def test_bad_command_line(line, words, monkeypatch, capsys):
 
 
 def test_from_the_shell_it_is_the_same():
-    line, words = BAD_LINES[0]
-    result = run(*line.split())
-    assert result.returncode == 2
-    assert result.stdout == ""
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1
-    assert all(word in result.stderr for word in words)
+    for line, words in (BAD_LINES[0], ("test.py nothing.safetensors", ["does not exist"])):
+        result = run(*line.split())
+        assert result.returncode == 2
+        assert result.stdout == ""
+        assert result.stderr.startswith("error: ")
+        assert result.stderr.count("\n") == 1
+        assert all(word in result.stderr for word in words)
     assert list(Path().iterdir()) == []
 
 
