@@ -137,6 +137,7 @@ def load_dataset(
     val_size: int = 0,
     download: bool = True,
     train_size: int = 0,
+    test: bool = True,
 ) -> Dataset:
     """`cifar10` (from `data_dir`, fetched if need be) or `digits` (shipped inside scikit-learn).
 
@@ -144,6 +145,7 @@ def load_dataset(
         val_size: training images to set aside for validation, the same share of every class.
         download: whether CIFAR-10 may be fetched.
         train_size: of the other training images, how many to keep, again of every class; 0 for all.
+        test: whether to read the test images; else there are none.
 
     Raises:
         InputError: a file is missing, damaged or foreign, or a size is out of range.
@@ -151,15 +153,15 @@ def load_dataset(
     if name not in FACTS:
         raise InputError(f"dataset: {name!r} is not one of {', '.join(FACTS)}")
     if name == "digits":
-        dataset = load_digits()
+        dataset = load_digits(test)
     elif Path(data_dir, BINARY_FOLDER).is_dir():
-        dataset = load_cifar10_binary(Path(data_dir, BINARY_FOLDER))
+        dataset = load_cifar10_binary(Path(data_dir, BINARY_FOLDER), test)
     else:
-        dataset = load_cifar10_archive(Path(data_dir), download)
+        dataset = load_cifar10_archive(Path(data_dir), download, test)
     return take_training(split_validation(dataset, val_size), train_size)
 
 
-def load_cifar10_archive(data_dir: Path, download: bool) -> Dataset:
+def load_cifar10_archive(data_dir: Path, download: bool, test: bool = True) -> Dataset:
     """CIFAR-10 from the official archive, by torchvision: its download, its extraction, its MD5."""
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity
@@ -168,8 +170,9 @@ def load_cifar10_archive(data_dir: Path, download: bool) -> Dataset:
     archive_is_here = check_integrity(data_dir / CIFAR10.filename, CIFAR10.tgz_md5)
     folder_is_new = not data_dir.exists()
     try:
-        train = CIFAR10(data_dir, train=True, download=download or archive_is_here)
-        test = CIFAR10(data_dir, train=False)
+        parts = [CIFAR10(data_dir, train=True, download=download or archive_is_here)]
+        if test:
+            parts.append(CIFAR10(data_dir, train=False))
     except (OSError, RuntimeError) as error:
         if folder_is_new:
             with contextlib.suppress(OSError):
@@ -184,18 +187,20 @@ def load_cifar10_archive(data_dir: Path, download: bool) -> Dataset:
             torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(),
             torch.tensor(part.targets),
         )
-        for part in (train, test)
+        for part in parts
     ]
     return make_dataset("cifar10", *splits)
 
 
-def load_cifar10_binary(folder: Path) -> Dataset:
+def load_cifar10_binary(folder: Path, test: bool = True) -> Dataset:
     """CIFAR-10 in the official binary layout: six files of 10,000 records, label then pixels.
 
     A file whose SHA-1 is not the official one is a one-line warning, and recorded.
     """
     check_links(*(folder / name for name in BINARY_SHA1))
-    files = {name: read_binary(folder / name) for name in BINARY_SHA1}
+    *training, last = BINARY_SHA1
+    names = [*training, last] if test else training
+    files = {name: read_binary(folder / name) for name in names}
     unofficial = tuple(
         name
         for name, records in files.items()
@@ -206,10 +211,10 @@ def load_cifar10_binary(folder: Path) -> Dataset:
             f"{folder}: {len(unofficial)} of {len(files)} files differ from the official CIFAR-10"
             " (SHA-1); recorded with the model"
         )
-    *train, test = (torch.from_numpy(records) for records in files.values())
+    batches = [torch.from_numpy(records) for records in files.values()]
     splits = [
         Split(records[:, 1:].reshape(-1, 3, 32, 32).contiguous(), records[:, 0].long())
-        for records in (torch.cat(train), test)
+        for records in (torch.cat(batches[: len(training)]), *batches[len(training) :])
     ]
     return make_dataset("cifar10", *splits, unofficial=unofficial)
 
@@ -249,7 +254,7 @@ def read_binary(path: Path) -> np.ndarray:
     return records
 
 
-def load_digits() -> Dataset:
+def load_digits(test: bool = True) -> Dataset:
     """1,797 handwritten digits of 8x8 pixels, enlarged to 32x32x3, split 80/20 stratified."""
     from sklearn import datasets
 
@@ -257,12 +262,15 @@ def load_digits() -> Dataset:
     small = torch.tensor(pixels.reshape(-1, 1, 8, 8) / 16, dtype=torch.float32)
     large = F.interpolate(small, size=(32, 32), mode="bilinear")
     images = (large * 255).round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
-    train, test = stratified(Split(images, torch.tensor(labels)), round(len(labels) / 5))
-    return make_dataset("digits", train, test)
+    train, held_out = stratified(Split(images, torch.tensor(labels)), round(len(labels) / 5))
+    return make_dataset("digits", train, held_out if test else None)
 
 
-def make_dataset(name: str, train: Split, test: Split, unofficial: tuple[str, ...] = ()) -> Dataset:
-    """The Dataset of two splits, nothing set aside for validation yet."""
+def make_dataset(
+    name: str, train: Split, test: Split | None = None, unofficial: tuple[str, ...] = ()
+) -> Dataset:
+    """The Dataset of these splits, nothing set aside for validation yet."""
+    test = train[:0] if test is None else test
     class_names, mean, std = FACTS[name]
     return Dataset(
         name=name,

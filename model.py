@@ -88,6 +88,7 @@ class ResNet(nn.Module):
         skip_kernel: the same for the projection shortcuts.
         pool_kernel: window (and stride) of the average pooling, in pixels of the last feature map.
         dropout: probability of zeroing an activation between a block's two convolutions.
+        classifier_dropout: probability of zeroing one of the pooled features.
         num_classes: length of the logits.
         stem: `conv`, a 3x3 convolution; or `whitening`, a frozen 2x2 convolution to 24 channels
             that `set_whitening` fills, so that training need not find out how pixels correlate.
@@ -111,6 +112,7 @@ class ResNet(nn.Module):
         num_classes: int = 10,
         stem: str = "conv",
         downsample: str = "stride",
+        classifier_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         # What the network was built from, kept so that a saved model can explain itself.
@@ -125,6 +127,7 @@ class ResNet(nn.Module):
             "num_classes": num_classes,
             "stem": stem,
             "downsample": downsample,
+            "classifier_dropout": classifier_dropout,
         }
         check_architecture(**self.architecture)
         conv_kernels = per_stage(conv_kernel, len(num_blocks))
@@ -154,6 +157,7 @@ class ResNet(nn.Module):
             stages.append(nn.Sequential(*blocks))
         self.stages = nn.Sequential(*stages)
         self.pool = nn.AvgPool2d(pool_kernel)
+        self.dropout = nn.Dropout(classifier_dropout)
         pooled_size = feature_size(len(num_blocks), stem, downsample) // pool_kernel
         self.linear = nn.Linear(in_channels * pooled_size**2, num_classes)
 
@@ -162,7 +166,7 @@ class ResNet(nn.Module):
         x = self.relu(self.bn1(self.conv1(x)))  # (N, c1, 32, 32), of a whitening stem 31x31
         x = self.stages(x)  # (N, width * c1 * 2**(stages - 1), S, S)
         x = self.pool(x).flatten(1)
-        return self.linear(x)  # (N, num_classes)
+        return self.linear(self.dropout(x))  # (N, num_classes)
 
     @torch.no_grad()
     def set_whitening(self, images: Tensor) -> None:
@@ -223,6 +227,7 @@ def check_architecture(
     num_classes: int,
     stem: str,
     downsample: str,
+    classifier_dropout: float,
 ) -> None:
     """Raise InputError, naming the argument, if `ResNet` cannot be built from these."""
     if not isinstance(num_blocks, tuple | list) or not 1 <= len(num_blocks) <= 4:
@@ -255,6 +260,7 @@ def check_architecture(
             f" of {len(num_blocks)} stages; use 1 to {size}"
         )
     check_number("dropout", dropout, 0, 0.99)
+    check_number("classifier_dropout", classifier_dropout, 0, 0.99)
 
 
 @dataclass(frozen=True)

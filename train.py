@@ -3,6 +3,7 @@
     python train.py                              # TPSNet: 300 epochs of the paper's recipe
     python train.py model1 --epochs 30 --lr 0.1  # another preset, any constant overridden
     python train.py demo                         # handwritten digits, no download, a minute
+    python train.py --config best.json           # the constants that search.py or a run wrote
     torchrun --nproc-per-node 4 train.py         # one process per GPU
 
 A run lives in checkpoints/NAME: config.json, log.csv, curves.png, last.pt (everything --resume
@@ -12,6 +13,7 @@ needs; previous.pt is the one before) and model.safetensors (what test.py and lo
 import contextlib
 import copy
 import itertools
+import json
 import math
 import re
 import signal
@@ -74,6 +76,8 @@ class Config:
     """Window of the average pooling, in pixels of the last feature map (8x8 for 3 stages)."""
     dropout: float = 0.0
     """Probability of dropping an activation between the two convolutions of a block."""
+    classifier_dropout: float = 0.0
+    """Probability of dropping a feature before the classifier, the last layer."""
     stem: Literal["conv", "whitening"] = "conv"
     """The first layer: a trained 3x3 convolution, or a frozen 2x2 one that whitens (C1 = 24)."""
     downsample: Literal["stride", "pool"] = "stride"
@@ -143,7 +147,7 @@ class Config:
 
     # The run
     name: str = "tpsnet"
-    """Folder of the run: checkpoints/NAME."""
+    """Folder of the run: checkpoints/NAME; GROUP/NAME makes it one of a group."""
     seed: int = 0
     """Decides the initial weights, the order of the images, the augmentation and the dropout."""
     seeds: int = 1
@@ -178,6 +182,7 @@ class Config:
             "num_classes": 10,  # of CIFAR-10 and of the digits
             "stem": self.stem,
             "downsample": self.downsample,
+            "classifier_dropout": self.classifier_dropout,
         }
 
 
@@ -415,13 +420,14 @@ class Saver:
         if not last:
             self.end_if_asked(number)
 
-    def finish(self, test: Score) -> None:
+    def finish(self, test: Score | None) -> None:
         """Write what a finished run leaves."""
         log, curves = self.progress.log, self.folder / "curves.png"
         self.write_model(test)
         utils.write_csv(self.folder / "log.csv", log)
         plots.learning_curves(log, curves, title=self.config.name)
-        self.wandb.finish({"test_loss": test.loss, "test_accuracy": test.accuracy}, curves)
+        summary = {"test_loss": test.loss, "test_accuracy": test.accuracy} if test else {}
+        self.wandb.finish(summary, curves)
 
     def save(self) -> None:
         """Write the training state.
@@ -467,12 +473,21 @@ class Saver:
             )
 
 
-def train(config: Config) -> Score:
+def train(
+    config: Config,
+    data: Dataset | None = None,
+    report: Callable[[list[dict[str, float | None]]], None] | None = None,
+) -> Score | None:
     """Train, save and test one network; returns its score on the test set.
 
     Runs on CUDA, MPS or the CPU, and data-parallel under torchrun. The last weights are tested,
     once, at the end: the test set chooses nothing. However the process ends, `resume` goes on from
     the last saved step, on the CPU to the same result, bit for bit.
+
+    Args:
+        data: what to train on instead of loading it; where it holds no test images, nothing is
+            tested and None returned.
+        report: called with the rows of log.csv after every epoch, and at once for a resumed run.
 
     Raises:
         InputError: the configuration, the data or the run folder is wrong; nothing was written. Or
@@ -487,10 +502,11 @@ def train(config: Config) -> Score:
     is_main = utils.is_main()
     folder = CHECKPOINTS / config.name
     state = load_run(config, folder)
-    with utils.first_on_each_machine():
-        data = load_dataset(
-            config.dataset, config.data_dir, config.val_size, config.download, config.train_size
-        )
+    if data is None:
+        with utils.first_on_each_machine():
+            data = load_dataset(
+                config.dataset, config.data_dir, config.val_size, config.download, config.train_size
+            )
     check_batches(config, len(data.train), world_size)
     check_data(state, data)
     data = data.to(device)
@@ -530,7 +546,7 @@ def train(config: Config) -> Score:
             prepare_folder(config, folder)
             print_plan(config, data, device, dtype, world_size, steps, progress)
             run_id = state and state["wandb_id"]
-            wandb = utils.WandbRun(config.wandb, folder, record(config), run_id)
+            wandb = utils.WandbRun(config.wandb, folder, record(config), run_id, group_of(config))
         saver = Saver(config, folder, data, parts, progress, stop, wandb)
         saver.save()
         if is_main:
@@ -539,6 +555,8 @@ def train(config: Config) -> Score:
                 estimate = estimate_seconds(config, parts, autocast, steps, progress, batches)
                 print(f"estimated time on this CPU: {utils.duration(estimate)}", flush=True)
 
+        if report and progress.log:
+            report(progress.log)
         while progress.epochs < config.epochs:
             epoch = progress.epochs + 1
             progress.start(parts.optimizers[0].param_groups[0]["lr"])
@@ -567,12 +585,16 @@ def train(config: Config) -> Score:
                 val = utils.score(logits, data.val.labels)
             progress.end_epoch(val)
             saver.after_epoch()
+            if report:
+                report(progress.log)
 
-        test = utils.score(
-            utils.evaluate(final, data.test.images, data.normalize), data.test.labels
-        )
+        test = None
+        if len(data.test):
+            logits = utils.evaluate(final, data.test.images, data.normalize)
+            test = utils.score(logits, data.test.labels)
         if is_main:
             saver.finish(test)
+        if is_main and test:
             print(f"test accuracy: {test}")
             print(f"next: python test.py {(folder / 'model.safetensors').as_posix()}")
     return test
@@ -827,9 +849,10 @@ def check_config(config: Config) -> None:
             raise InputError(f"{name}: {value!r} is not one of {', '.join(get_args(kind))}")
         if kind in (bool, str) and not isinstance(value, kind):
             raise InputError(f"{name}: {value!r} is no {kind.__name__}")
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", config.name):
+    plain = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
+    if not re.fullmatch(f"({plain}/)?{plain}", config.name):
         raise InputError(
-            f"name: {config.name!r} is no plain folder name; use letters, digits and . _ -"
+            f"name: {config.name!r} is no plain NAME or GROUP/NAME; use letters, digits and . _ -"
         )
     for name in ("epochs", "batch_size", "restart_period", "max_params", "seeds"):
         check_integer(name, getattr(config, name), 1)
@@ -1155,24 +1178,56 @@ def metadata(
     }
 
 
+def group_of(config: Config) -> str | None:
+    """The group that a run belongs to, if it does."""
+    group, slash, _ = config.name.rpartition("/")
+    return group if slash else None
+
+
 def record(config: Config) -> dict[str, object]:
     """The constants of a run, without those that only tell how to begin."""
     return asdict(replace(config, resume=False, overwrite=False))
 
 
+def load_config(path: str) -> Config:
+    """The constants in a config.json, or in a best.json of search.py.
+
+    Raises:
+        InputError: the file is missing or holds something else.
+    """
+    try:
+        constants = json.loads(Path(path).read_text(encoding="utf-8"))
+        constants = {k: tuple(v) if isinstance(v, list) else v for k, v in constants.items()}
+        return Config(**constants)
+    except OSError as error:
+        raise InputError(
+            f"config: cannot read {path!r} ({error.strerror}); name a config.json that train.py"
+            " wrote, or a best.json of search.py"
+        ) from None
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"config: {path} holds no constants of a run ({first_line(error)}); name a config.json"
+            " that train.py wrote, or a best.json of search.py"
+        ) from None
+
+
 def main(args: list[str]) -> None:
-    """Train what the command line asks for: a preset, then any constants to override."""
-    preset = "tpsnet"
-    if args and not args[0].startswith("-"):
+    """Train what the command line asks for: a preset or file, then any constants to override."""
+    preset, config = "tpsnet", None
+    if args and args[0].split("=")[0] == "--config":
+        option, *args = args
+        path = option.partition("=")[2] or (args.pop(0) if args else "")
+        config, preset = load_config(path), path
+    elif args and not args[0].startswith("-"):
         preset, *args = args
-    if preset not in PRESETS:
+    if not config and preset not in PRESETS:
         raise InputError(f"preset: {preset!r} is not one of {', '.join(PRESETS)}")
     config = utils.parse_command_line(
         Config,
         args,
-        default=PRESETS[preset],
-        prog=f"train.py [{'|'.join(PRESETS)}]",
-        description=f"Train a network; the defaults shown are those of the preset {preset}.",
+        default=config or PRESETS[preset],
+        prog=f"train.py [{'|'.join(PRESETS)} | --config FILE]",
+        description=f"Train a network; the defaults shown are those of {preset}.",
     )
     train_seeds(config) if config.seeds > 1 else train(config)
 

@@ -688,10 +688,19 @@ class WandbRun:
         folder: the run folder; the library's own files go into `folder/wandb`.
         config: what to show as the run's configuration.
         run_id: the id of the run to go on with, or None for a new one.
+        group: what the run is one of, if it is.
     """
 
-    def __init__(self, mode: str, folder: Path, config: dict, run_id: str | None = None) -> None:
+    def __init__(
+        self,
+        mode: str,
+        folder: Path,
+        config: dict,
+        run_id: str | None = None,
+        group: str | None = None,
+    ) -> None:
         self.id = run_id
+        self.group = group
         self.run = None
         if mode != "disabled":
             self._attempt(self._start, mode, folder, config)
@@ -704,6 +713,7 @@ class WandbRun:
         self.run = wandb.init(
             project="tpsnet",
             name=folder.name,
+            group=self.group,
             id=self.id,
             resume="allow",
             mode=mode,

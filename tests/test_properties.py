@@ -25,6 +25,7 @@ SOUND = {
     "num_classes": st.integers(2, 20),
     "stem": st.just("conv"),
     "downsample": st.sampled_from(["stride", "pool"]),
+    "classifier_dropout": st.floats(0, 0.9),
 }
 some_kernels = st.integers(-1, 9) | st.lists(st.integers(-1, 5), max_size=5).map(tuple)
 WILD = {
@@ -38,6 +39,7 @@ WILD = {
     "num_classes": st.integers(-1, 200_000),
     "stem": st.sampled_from(["whitening", "none"]),
     "downsample": st.text(max_size=3),
+    "classifier_dropout": st.floats(),
 }
 
 

@@ -1,0 +1,725 @@
+"""Search at random for the network of at most 5 million parameters that trains best, on Ray Tune.
+
+    python search.py                              # 200 trials of up to 30 epochs of CIFAR-10
+    python search.py demo --name try --epochs 4   # on handwritten digits, a few minutes
+    python search.py --resume search              # goes on with one that was cut off
+    python train.py --config checkpoints/search/best.json --epochs 300
+
+Configurations are drawn from SPACE. What has too many parameters is refused before it becomes a
+trial; the rest is trained by train.py, as many at a time as there are processors, and what does
+badly is stopped early (ASHA). Chosen is by validation accuracy: test images are not even read.
+
+A search lives in checkpoints/NAME: trials.csv (a row per trial), best.json (what train.py takes),
+figures, a folder with config.json and log.csv per trial, and Ray Tune's own state in ray/.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import utils
+from data import Dataset, load_dataset
+from model import check_budget, feature_size, model_cost
+from train import (
+    CHECKPOINTS,
+    PRESETS,
+    Config,
+    check_batches,
+    check_config,
+    has_state,
+    load_config,
+    record,
+    train,
+)
+from utils import (
+    DivergenceError,
+    InputError,
+    StoppedError,
+    check_integer,
+    check_number,
+    first_line,
+)
+
+try:
+    import ray
+    from ray import cloudpickle, tune
+    from ray.tune.schedulers import ASHAScheduler
+    from ray.tune.search import Searcher
+except ModuleNotFoundError as error:
+    print(
+        f"error: {error.name}: not installed; run `pip install -r requirements.txt`",
+        file=sys.stderr,
+    )
+    sys.exit(2)
+
+
+class LogUniform(NamedTuple):
+    """Numbers whose logarithm is as likely to be anywhere between the ends' logarithms."""
+
+    low: float
+    high: float
+
+
+# What is drawn, each value as likely as the others. Of num_blocks, conv_kernel and skip_kernel one
+# is drawn for every stage. Any further constant of train.py can be added under its name.
+SPACE = {
+    "num_stages": (2, 3, 4),
+    "same_blocks": (True, False),  # as many in all stages, or not
+    "num_blocks": range(1, 17),
+    "c1": range(8, 49),
+    "width": (1, 2),
+    "conv_kernel": (1, 3, 5),
+    "skip_kernel": (1, 3),
+    "pooled_size": (1, 2, 4),  # side of the pooled feature map; the pool kernel follows from it
+    "dropout": (0.0, 0.1, 0.2, 0.3),
+    "classifier_dropout": (0.0, 0.1, 0.2, 0.3),
+    "lr": LogUniform(1e-4, 1.0),
+    "batch_size": (32, 64, 128, 256),
+    "optimizer": ("sgd", "muon"),
+    "schedule": ("cosine", "cosine_restarts", "linear"),
+}
+RESTARTS = 2  # cosines in a training with the schedule cosine_restarts
+REDUCTION = 4  # ASHA: of the trials that come to a rung, one in so many goes on to the next
+MAX_REJECTED = 2000  # samples in a row
+
+PER_STAGE = ("num_blocks", "conv_kernel", "skip_kernel")
+SHAPE = ("num_stages", "same_blocks", *PER_STAGE, "pooled_size")  # the entries that are no constant
+METRIC = "val_accuracy"
+WEIGHTS = (*("last.pt", utils.PREVIOUS), "model.safetensors")  # what a trial that ended leaves
+
+
+@dataclass(frozen=True)
+class Search:
+    """What to search, for how long and where."""
+
+    name: str = "search"
+    """Folder of the search: checkpoints/NAME."""
+    num_samples: int = 200
+    """Trials."""
+    epochs: int = 30
+    """Epochs of a trial that is not stopped early."""
+    grace_period: int = 5
+    """Epochs that every trial gets; as many as EPOCHS to stop none."""
+    algorithm: Literal["random", "optuna"] = "random"
+    """Draw independently, or by Optuna's TPE, which learns from the trials that ended."""
+    min_params: int = 0
+    """Refuse a network with fewer parameters too, to stay close under the budget."""
+    val_size: int = 5000
+    """Training images that are set aside to choose by."""
+    train_size: int = 0
+    """How many of the others to train on; 0 for all."""
+    cpus_per_trial: float = 1.0
+    """Processors of a trial."""
+    gpus_per_trial: float | None = None
+    """GPUs of a trial; 0.5 lets two share one. Default: 1 where there are any, else 0."""
+    address: str = ""
+    """HOST:PORT of a running Ray cluster, or `auto`; default: this machine alone."""
+    time_budget: float = 0.0
+    """Minutes after which all trials are stopped; 0 for no limit. A resumed search has it anew."""
+    seed: int = 0
+    """Decides what is drawn, and is the seed of all trainings."""
+    data_dir: str = "data"
+    """Folder that holds CIFAR-10, or receives it."""
+    download: bool = True
+    """Fetch CIFAR-10 if it is not in data_dir."""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "disabled"
+    """Weights & Biases: a run per trial, in a group of the search's name."""
+    resume: str = ""
+    """Name of a search to go on with, failed trials included; all else is as it was."""
+
+
+# ---------------------------------------------------------------- the space
+
+
+def domains() -> dict[str, object]:
+    """SPACE in Ray Tune's terms, with one entry per stage where each stage has its own.
+
+    Raises:
+        InputError: an entry is empty, missing or unknown.
+    """
+    if missing := [name for name in SHAPE if name not in SPACE]:
+        raise InputError(f"SPACE: it lacks {', '.join(missing)}; add what search.py came with")
+    constants = {constant.name for constant in fields(Config)}
+    found = {}
+    for name, values in SPACE.items():
+        if name not in SHAPE and name not in constants:
+            raise InputError(f"SPACE: {name!r} is no constant of train.py; remove it")
+        is_interval = isinstance(values, LogUniform)
+        if (is_interval and not 0 < values.low < values.high) or not len(values):
+            raise InputError(f"SPACE: {name} is empty ({values!r}); give it something to draw")
+        if is_interval:
+            domain = tune.loguniform(*values)
+        elif isinstance(values, range) and values.step == 1:
+            domain = tune.randint(values.start, values.stop)
+        else:
+            domain = tune.choice(list(values))
+        stages = range(1, max(SPACE["num_stages"]) + 1) if name in PER_STAGE else ()
+        found |= {f"{name}_{stage}": domain for stage in stages} or {name: domain}
+    return found
+
+
+def configuration(sample: dict[str, object], base: Config) -> Config:
+    """The constants that a sample of `domains()` stands for; what it lacks is `base`'s."""
+    stages = sample["num_stages"]
+    shape = {
+        name: tuple(sample[f"{name}_{stage}"] for stage in range(1, stages + 1))
+        for name in PER_STAGE
+    }
+    if sample["same_blocks"]:
+        shape["num_blocks"] = shape["num_blocks"][:1] * stages
+    size = feature_size(stages, base.stem, base.downsample)
+    shape["pool_kernel"] = max(1, size // sample["pooled_size"])
+    others = {name: value for name, value in sample.items() if name in SPACE and name not in SHAPE}
+    return replace(base, **shape, **others)
+
+
+class RandomSearch(Searcher):
+    """Draws every sample independently."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(metric=METRIC, mode="max")
+        self.domains, self.rng = domains(), np.random.default_rng(seed)
+
+    def suggest(self, trial_id: str) -> dict[str, object]:
+        """A sample."""
+        return {name: domain.sample(random_state=self.rng) for name, domain in self.domains.items()}
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict | None = None, error: bool = False
+    ) -> None:
+        """It learns nothing."""
+
+
+def make_searcher(search: Search) -> Searcher:
+    """What draws the samples."""
+    if search.algorithm == "random":
+        return RandomSearch(search.seed)
+    import optuna
+    from ray.tune.search.optuna import OptunaSearch
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    space = OptunaSearch.convert_search_space(domains())
+    return OptunaSearch(space, metric=METRIC, mode="max", seed=search.seed)
+
+
+class UnderBudget(Searcher):
+    """Makes trials of those samples of another searcher whose network has the wanted size.
+
+    The size is computed, nothing is built. To the other searcher a refused sample is one that
+    failed, from which it learns nothing.
+    """
+
+    def __init__(self, samples: Searcher, base: Config, min_params: int) -> None:
+        super().__init__(metric=METRIC, mode="max")
+        self.samples, self.base, self.min_params = samples, base, min_params
+        self.number = self.rejected = 0  # trials and refused samples so far
+        self.sample_ids = {}  # of each trial
+
+    def suggest(self, trial_id: str) -> dict[str, object]:
+        """The next trial: its number, constants and cost, and how many were refused until then.
+
+        Raises:
+            InputError: none of MAX_REJECTED samples in a row has the wanted size.
+        """
+        for attempt in range(MAX_REJECTED):
+            sample_id = f"{trial_id}-{attempt}"
+            config = configuration(self.samples.suggest(sample_id), self.base)
+            try:
+                num_params = check_budget(config.max_params, **config.architecture())
+                if num_params >= self.min_params:
+                    break
+                reason = f"{num_params:,} parameters are too few"
+            except InputError as error:
+                reason = first_line(error)
+            self.samples.on_trial_complete(sample_id, error=True)
+            self.rejected += 1
+        else:
+            raise InputError(
+                f"min_params: none of {MAX_REJECTED:,} samples has {self.min_params:,} to"
+                f" {self.base.max_params:,} parameters (the last one: {reason}); give fewer"
+                " --min-params, or widen SPACE in search.py"
+            )
+        self.number += 1
+        self.sample_ids[trial_id] = sample_id
+        config = replace(config, name=f"{self.base.name}/{self.number:03d}")
+        check_config(config)
+        return {
+            "number": self.number,
+            "rejected": self.rejected,
+            "num_params": num_params,
+            "macs": model_cost(**config.architecture()).macs,
+            "constants": asdict(config),
+        }
+
+    def on_trial_result(self, trial_id: str, result: dict) -> None:
+        """Hand on what an epoch brought."""
+        self.samples.on_trial_result(self.sample_ids[trial_id], result)
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict | None = None, error: bool = False
+    ) -> None:
+        """Hand on how a trial ended."""
+        self.samples.on_trial_complete(self.sample_ids[trial_id], result, error)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Write all that `restore` needs."""
+        Path(checkpoint_path).write_bytes(cloudpickle.dumps(self.__dict__))
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Be as when it was saved."""
+        self.__dict__.update(cloudpickle.loads(Path(checkpoint_path).read_bytes()))
+
+
+# ---------------------------------------------------------------- a trial
+
+
+def run_trial(trial: dict[str, object], search: Search, root: str, data: Dataset) -> None:
+    """Train one configuration and report its epochs, in a process of Ray's.
+
+    A trial that was cut off goes on from its last saved step.
+    """
+    os.chdir(root)
+    torch.set_num_threads(max(1, int(search.cpus_per_trial)))
+    config = Config(**trial["constants"])
+    folder = CHECKPOINTS / config.name
+    known = has_state(folder) and record(load_config(str(folder / "config.json"))) == record(config)
+    config = replace(config, resume=known, overwrite=not known)
+    rows = []
+
+    def report(log: list[dict[str, float | None]]) -> None:
+        rows[:] = log
+        if len(log) < config.epochs:  # the last one follows when all is written
+            tune.report(summary(log, search))
+
+    try:
+        train(config, data, report)
+        tune.report(summary(rows, search))
+    except DivergenceError as error:
+        chance = 100 / len(data.class_names)  # for the searcher to learn from
+        tune.report({"epoch": len(rows), METRIC: chance, "diverged": first_line(error)})
+    finally:
+        if "wandb" in sys.modules:  # ends the run of a trial that was stopped early
+            with contextlib.suppress(Exception):
+                sys.modules["wandb"].finish()
+
+
+def summary(log: list[dict[str, float | None]], search: Search) -> dict[str, float | None]:
+    """What the scheduler, the searcher and trials.csv learn from a log."""
+    grace = search.grace_period
+    return {
+        "epoch": len(log),
+        METRIC: log[-1]["val_accuracy"],
+        "early_accuracy": log[grace - 1]["val_accuracy"] if len(log) >= grace else None,
+        "seconds": sum(row["seconds"] for row in log),
+    }
+
+
+# ---------------------------------------------------------------- what is recorded
+
+
+class Record(tune.Callback):
+    """Writes trials.csv whenever a trial begins or ends, and prints a line when it ends."""
+
+    def __init__(self, search: Search) -> None:
+        self.search, self.bar = search, None
+
+    def setup(self, **_: object) -> None:
+        """Begin the bar of trials; shown where the output is a terminal."""
+        self.bar = tqdm(
+            total=self.search.num_samples,
+            desc="trials",
+            bar_format="{desc} {n_fmt}/{total_fmt}|{bar}| {elapsed}{postfix}",
+            leave=False,
+            dynamic_ncols=True,
+            disable=None,
+        )
+        print("trial  status    accuracy  epochs  params  network", flush=True)
+
+    def on_trial_start(self, iteration: int, trials: list, trial: object, **_: object) -> None:
+        """Note it."""
+        self.write(trials)
+
+    def on_trial_complete(self, iteration: int, trials: list, trial: object, **_: object) -> None:
+        """Note it and drop its weights, which a few epochs have trained."""
+        self.end(trials, trial, "TERMINATED")
+        folder = CHECKPOINTS / trial.config["constants"]["name"]
+        for name in WEIGHTS:
+            (folder / name).unlink(missing_ok=True)
+
+    def on_trial_error(self, iteration: int, trials: list, trial: object, **_: object) -> None:
+        """Note it; what it saved stays, for --resume to go on from."""
+        self.end(trials, trial, "ERROR")
+
+    def end(self, trials: list, trial: object, status: str) -> None:
+        """Note and print the end of a trial, of which Ray Tune changes the status only later."""
+        rows = self.write(trials, {trial.trial_id: status})
+        row = next(row for row in rows if row["trial"] == trial.config["number"])
+        accuracy = f"{row[METRIC]:.2f}%" if row[METRIC] else ""
+        self.bar.write(
+            f"{row['trial']:>5}  {row['status']:9} {accuracy:>8}  {row['epochs']:>6}"
+            f"  {row['num_params'] / 1e6:5.2f}M  [{row['num_blocks']}] C1 {row['c1']}"
+        )
+        sys.stdout.flush()
+        ended = [row for row in rows if row["status"] not in ("pending", "running")]
+        best = best_of(rows)
+        self.bar.n = len(ended)
+        self.bar.set_postfix_str(f"best {best[METRIC]:.2f}%, trial {best['trial']}" if best else "")
+
+    def write(
+        self, trials: list, statuses: dict[str, str] = MappingProxyType({})
+    ) -> list[dict[str, object]]:
+        """Write trials.csv; returns its rows. `statuses` are newer than the trials' own."""
+        rows = [describe(t, statuses.get(t.trial_id, t.status), self.search) for t in trials]
+        rows.sort(key=lambda row: row["trial"])
+        utils.write_csv(CHECKPOINTS / self.search.name / "trials.csv", rows)
+        return rows
+
+    def on_experiment_end(self, trials: list, **_: object) -> None:
+        """Take the bar away and note how all trials are left."""
+        self.bar.close()
+        self.write(trials)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"search": self.search, "bar": None}
+
+
+def describe(trial: object, status: str, search: Search) -> dict[str, object]:
+    """A row of trials.csv: what a trial of Ray Tune's is, and how far it is."""
+    config, result = trial.config, trial.last_result or {}
+    constants = config["constants"]
+    epochs, diverged = result.get("epoch", 0), result.get("diverged", "")
+    if status == "TERMINATED":
+        status = "finished" if epochs == search.epochs else "stopped"
+        status = "diverged" if diverged else status
+    else:
+        status = {"ERROR": "failed", "PENDING": "pending"}.get(status, "running")
+    drawn = [*PER_STAGE, "pool_kernel", *(name for name in SPACE if name not in SHAPE)]
+    return {
+        "trial": config["number"],
+        "status": status,
+        METRIC: None if diverged else result.get(METRIC),
+        "early_accuracy": result.get("early_accuracy"),
+        "epochs": epochs,
+        "seconds": round(result["seconds"], 1) if "seconds" in result else None,
+        "num_params": config["num_params"],
+        "macs": config["macs"],
+        **{
+            name: " ".join(map(str, value)) if isinstance(value, tuple) else value
+            for name, value in ((name, constants[name]) for name in drawn)
+        },
+        "rejected": config["rejected"],
+        "error": diverged or (last_line(trial.error_file) if status == "failed" else ""),
+    }
+
+
+def last_line(path: str | None) -> str:
+    """What a trial ended with, from Ray Tune's account of it."""
+    with contextlib.suppress(OSError, TypeError):
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        return next(line for line in reversed(lines) if line)
+    return "unknown"
+
+
+def number(text: str) -> float | str | None:
+    """The number that a cell of a CSV file holds, else its text; None for an empty one."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text or None
+
+
+def best_of(rows: list[dict[str, object]]) -> dict[str, object] | None:
+    """The trial with the highest validation accuracy, if one has any."""
+    tried = [row for row in rows if row[METRIC] is not None]
+    return max(tried, key=lambda row: row[METRIC], default=None)
+
+
+# ---------------------------------------------------------------- Ray
+
+
+@contextlib.contextmanager
+def ray_started(search: Search) -> Iterator[None]:
+    """In the block, Ray runs: on this machine, or the cluster at `search.address`.
+
+    Raises:
+        InputError: nothing answers there, or no machine of it has what a trial needs.
+    """
+    quiet = {
+        "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",  # data/ and checkpoints/ are below this folder
+        "RAY_AIR_NEW_OUTPUT": "0",  # Record prints instead
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    }
+    os.environ.update(quiet)
+    if search.address and search.address != "auto":
+        check_address(search.address)
+    try:
+        ray.init(
+            address=search.address or "local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).resolve().parent)}},
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"address: no Ray cluster at {search.address!r} ({first_line(error)}); start one with"
+            " `ray start --head`, or leave the option out"
+        ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_address(address: str) -> None:
+    """Raise InputError unless something listens there: Ray itself would try for long."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise InputError(
+            f"address: nothing answers at {address!r} ({first_line(error)}); give the HOST:PORT"
+            " that `ray start --head` printed, or leave the option out"
+        ) from None
+
+
+def resources(search: Search) -> dict[str, float]:
+    """What Ray sets aside for a trial.
+
+    Raises:
+        InputError: no machine of the cluster has as much.
+    """
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    any_gpus = any(machine.get("GPU") for machine in machines)
+    gpus = float(any_gpus) if search.gpus_per_trial is None else search.gpus_per_trial
+    for name, unit, wanted in (("cpus", "CPU", search.cpus_per_trial), ("gpus", "GPU", gpus)):
+        most = max(machine.get(unit, 0) for machine in machines)
+        if wanted > most:
+            raise InputError(
+                f"{name}_per_trial: {wanted:g}, but no machine has more than {most:g}; use up to"
+                f" {most:g}"
+            )
+    return {"cpu": search.cpus_per_trial, "gpu": gpus}
+
+
+# ---------------------------------------------------------------- the search
+
+
+def check_search(search: Search) -> None:
+    """Raise InputError, naming the field, if this cannot be searched."""
+    for name in ("num_samples", "epochs", "val_size"):
+        check_integer(name, getattr(search, name), 1)
+    check_integer("grace_period", search.grace_period, 1, search.epochs)
+    check_integer("min_params", search.min_params, 0)
+    check_number("cpus_per_trial", search.cpus_per_trial, 0.01, 1024)
+    if search.gpus_per_trial is not None:
+        check_number("gpus_per_trial", search.gpus_per_trial, 0, 1024)
+    check_number("time_budget", search.time_budget, 0, 1e6)
+    if "/" in search.name:
+        raise InputError(f"name: {search.name!r} is no plain folder name; leave out the /")
+
+
+def load_search(search: Search) -> tuple[str, Search]:
+    """The preset and the options of the search to resume; those that only say where are new.
+
+    Raises:
+        InputError: there is none, or an option that was given differs.
+    """
+    path = CHECKPOINTS / search.resume / "search.json"
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        preset, stored = stored.pop("preset"), Search(**stored)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"resume: no search in {path.parent} ({first_line(error)}); give the --name of one"
+        ) from None
+    new = {"resume": search.resume, "address": search.address}
+    for option in fields(Search):
+        given, old = getattr(search, option.name), getattr(stored, option.name)
+        if option.name not in new and given not in (option.default, old):
+            raise InputError(
+                f"{option.name}: {given!r}, but the search {search.resume} was started with"
+                f" {old!r}; leave the option out"
+            )
+    return preset, replace(stored, **new)
+
+
+def run_search(search: Search, preset: str) -> list[dict[str, object]]:
+    """Run all trials of a search, or those that are left; returns the rows of trials.csv.
+
+    Raises:
+        InputError: it cannot be run; nothing was written.
+        StoppedError: a signal asked to end; --resume goes on.
+    """
+    check_search(search)
+    base = replace(
+        PRESETS[preset],
+        name=search.name,
+        epochs=search.epochs,
+        restart_period=max(1, search.epochs // RESTARTS),
+        val_size=search.val_size,
+        train_size=search.train_size,
+        seed=search.seed,
+        data_dir=search.data_dir,
+        download=search.download,
+        wandb=search.wandb,
+    )
+    check_config(base)
+    UnderBudget(make_searcher(search), base, search.min_params).suggest("first")
+    folder = CHECKPOINTS / search.name
+    if not search.resume and folder.exists():
+        raise InputError(
+            f"name: {folder} is there already; --resume {search.name} goes on with a search, or"
+            " give another --name"
+        )
+    data = load_dataset(
+        base.dataset,
+        search.data_dir,
+        search.val_size,
+        search.download,
+        search.train_size,
+        test=False,
+    )
+    check_batches(
+        replace(base, batch_size=max(SPACE.get("batch_size", [base.batch_size]))),
+        len(data.train),
+        world_size=1,
+    )
+    with ray_started(search):
+        needs = resources(search)
+        with utils.lock_folder(folder):
+            if not search.resume:
+                utils.write_json(folder / "search.json", {"preset": preset, **asdict(search)})
+            print_plan(search, preset, data, needs)
+            fit(search, base, data, needs)
+    return finish(search)
+
+
+def fit(search: Search, base: Config, data: Dataset, needs: dict[str, float]) -> None:
+    """Let Ray Tune run the trials that are left."""
+    folder = (CHECKPOINTS / search.name).resolve()
+    trainable = tune.with_resources(
+        tune.with_parameters(run_trial, search=search, root=str(Path.cwd()), data=data), needs
+    )
+    if tune.Tuner.can_restore(folder / "ray"):
+        tuner = tune.Tuner.restore(str(folder / "ray"), trainable, restart_errored=True)
+    else:
+        tuner = tune.Tuner(
+            trainable,
+            tune_config=tune.TuneConfig(
+                metric=METRIC,
+                mode="max",
+                num_samples=search.num_samples,
+                search_alg=UnderBudget(make_searcher(search), base, search.min_params),
+                scheduler=ASHAScheduler(
+                    time_attr="epoch",
+                    max_t=search.epochs,
+                    grace_period=search.grace_period,
+                    reduction_factor=REDUCTION,
+                ),
+                time_budget_s=60 * search.time_budget or None,
+                reuse_actors=True,
+                trial_dirname_creator=lambda trial: f"{trial.config['number']:03d}",
+            ),
+            run_config=tune.RunConfig(
+                name="ray",
+                storage_path=str(folder),
+                callbacks=[Record(search)],
+                verbose=0,
+            ),
+        )
+    # Ray Tune ends in good order at SIGINT and SIGUSR1; let SIGTERM do the same.
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        tuner.fit()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def finish(search: Search) -> list[dict[str, object]]:
+    """Say how the trials ended; write best.json and the figures.
+
+    Raises:
+        StoppedError: some are left to run.
+    """
+    folder = CHECKPOINTS / search.name
+    rows = read_trials(folder / "trials.csv")
+    count = Counter(row["status"] for row in rows)
+    best = best_of(rows)
+    if best:
+        config = load_config(str(folder / f"{best['trial']:03d}" / "config.json"))
+        # What is worth a long training is worth all images.
+        config = replace(config, name=f"{search.name}-best", val_size=0, train_size=0, wandb="auto")
+        utils.write_json(folder / "best.json", record(config))
+    rejected = max((row["rejected"] for row in rows), default=0)
+    ends = ", ".join(f"{number} {status}" for status, number in count.items())
+    print(f"{len(rows)} trials: {ends}; {rejected:,} samples were not of the wanted size")
+    if left := count["running"] + count["pending"]:
+        raise StoppedError(
+            signal.SIGINT,
+            f"stopped with {left} trials begun and {search.num_samples - len(rows)} to draw;"
+            f" --resume {search.name} goes on",
+        )
+    if best:
+        print(
+            f"best: trial {best['trial']}, {best[METRIC]:.2f}% of {search.val_size:,} validation"
+            f" images after {best['epochs']} epochs, {best['num_params']:,} parameters"
+        )
+        print(f"next: python train.py --config {(folder / 'best.json').as_posix()} --epochs 300")
+    return rows
+
+
+def read_trials(path: Path) -> list[dict[str, object]]:
+    """The rows of trials.csv, with numbers where there were some."""
+    return [{name: number(text) for name, text in row.items()} for row in utils.read_csv(path)]
+
+
+def print_plan(search: Search, preset: str, data: Dataset, needs: dict[str, float]) -> None:
+    """Say what is about to be searched."""
+    cluster = ray.cluster_resources()
+    at_once = int(min(cluster.get(unit.upper(), 0) / n for unit, n in needs.items() if n))
+    print(
+        f"{search.name}: {search.num_samples:,} trials around {preset}, {search.algorithm} search,"
+        f" {search.grace_period} to {search.epochs} epochs each, {at_once} at a time"
+    )
+    print(
+        f"{data.name}: {len(data.train):,} training and {len(data.val):,} validation images; no"
+        " test images are read"
+    )
+
+
+def main(args: list[str]) -> None:
+    """Search as the command line asks: a preset for all that is not drawn, then options."""
+    preset = "tpsnet"
+    if args and not args[0].startswith("-"):
+        preset, *args = args
+    if preset not in PRESETS:
+        raise InputError(f"preset: {preset!r} is not one of {', '.join(PRESETS)}")
+    search = utils.parse_command_line(
+        Search,
+        args,
+        prog=f"search.py [{'|'.join(PRESETS)}]",
+        description="Search for a network; all that is not drawn from SPACE is the preset's.",
+    )
+    if search.resume:
+        preset, search = load_search(search)
+    run_search(search, preset)
+
+
+if __name__ == "__main__":
+    utils.run_script(main)
