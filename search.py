@@ -236,7 +236,8 @@ class UnderBudget(Searcher):
         """
         for attempt in range(MAX_REJECTED):
             sample_id = f"{trial_id}-{attempt}"
-            config = configuration(self.samples.suggest(sample_id), self.base)
+            sample = self.samples.suggest(sample_id)
+            config = configuration(sample, self.base)
             try:
                 num_params = check_budget(config.max_params, **config.architecture())
                 if num_params >= self.min_params:
@@ -261,6 +262,8 @@ class UnderBudget(Searcher):
             "rejected": self.rejected,
             "num_params": num_params,
             "macs": model_cost(**config.architecture()).macs,
+            "num_stages": sample["num_stages"],
+            "pooled_size": sample["pooled_size"],
             "constants": asdict(config),
         }
 
@@ -414,8 +417,7 @@ def describe(trial: object, status: str, search: Search) -> dict[str, object]:
         "early_accuracy": result.get("early_accuracy"),
         "epochs": epochs,
         "seconds": round(result["seconds"], 1) if "seconds" in result else None,
-        "num_params": config["num_params"],
-        "macs": config["macs"],
+        **{name: config[name] for name in ("num_params", "macs", "num_stages", "pooled_size")},
         **{
             name: " ".join(map(str, value)) if isinstance(value, tuple) else value
             for name, value in ((name, constants[name]) for name in drawn)
