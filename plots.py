@@ -1,6 +1,6 @@
-"""Every figure: learning curves, confusion matrix, benchmark, architecture.
+"""Every figure: learning curves, confusion matrix, benchmark, search effects, architecture.
 
-    python plots.py    # redraws images/architecture.png and images/fast.png
+    python plots.py    # redraws what the README shows, but for benchmark.py's figure
 
 Figures are made without pyplot, so no window system, global state or backend is touched.
 """
@@ -15,10 +15,32 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Polygon
 from matplotlib.ticker import MaxNLocator
 from torch import nn
 
-from utils import Score, atomic_path, read_csv, run_script
+from utils import Score, atomic_path, read_csv, read_numbers, run_script
 
 # Okabe & Ito's palette, told apart by colour-blind readers too (jfly.uni-koeln.de/color).
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+
+MAX_PARAMS = 5_000_000  # the budget, drawn into the figures of a search
+MIN_TRIALS = 10  # for a figure to say anything
+MAX_LEVELS = 6  # of a choice that is drawn by its means, not as a trend
+LOGARITHMIC = ("lr",)
+# What a search chooses, from trials.csv and `with_derived`.
+CHOICES = {
+    "lr": "learning rate",
+    "batch_size": "batch size",
+    "optimizer": "optimizer",
+    "schedule": "schedule",
+    "num_stages": "stages",
+    "mean_blocks": "blocks per stage, mean",
+    "odd": "odd blocks, in how many stages",
+    "c1": "C1",
+    "width": "width",
+    "mean_conv_kernel": "conv kernel, mean",
+    "mean_skip_kernel": "skip kernel, mean",
+    "pooled_size": "pooled map, side",
+    "dropout": "dropout in blocks",
+    "classifier_dropout": "dropout before classifier",
+}
 
 
 def save(figure: Figure, path: str | Path) -> None:
@@ -218,6 +240,242 @@ def accuracy_over_time(
     save(figure, path)
 
 
+def effects(rows: list[dict[str, object]], directory: str | Path, caption: str) -> list[Path]:
+    """All figures of a search, from the rows of its trials.csv; returns where they are.
+
+    Compared is the accuracy after the grace period, which all trials had. What diverged had none
+    and is left out.
+
+    Args:
+        caption: how the trials were trained.
+    """
+    rows = [with_derived(row) for row in rows if row["early_accuracy"] is not None]
+    if len(rows) < MIN_TRIALS:
+        return []
+    figures = {
+        "num_block_inplane_effects.png": blocks_and_channels,
+        "hyperparameters_effects.png": hyperparameters,
+        "accuracy_and_cost.png": accuracy_and_cost,
+        "importance.png": importance,
+    }
+    for name, draw in figures.items():
+        draw(rows, Path(directory, name), caption)
+    return [Path(directory, name) for name in figures]
+
+
+def with_derived(row: dict[str, object]) -> dict[str, object]:
+    """A row of trials.csv with what its lists of a value per stage come to."""
+    lists = {
+        name: [int(n) for n in str(row[name]).split()]
+        for name in ("num_blocks", "conv_kernel", "skip_kernel")
+    }
+    odd = [n % 2 for n in lists["num_blocks"]]
+    return row | {
+        "mean_blocks": np.mean(lists["num_blocks"]),
+        "odd": {0: "none", len(odd): "all"}.get(sum(odd), "some"),
+        "mean_conv_kernel": np.mean(lists["conv_kernel"]),
+        "mean_skip_kernel": np.mean(lists["skip_kernel"]),
+    }
+
+
+def blocks_and_channels(rows: list[dict[str, object]], path: str | Path, caption: str) -> None:
+    """Accuracy over blocks per stage and C1, a panel per number of stages, below the budget."""
+    stages = sorted({row["num_stages"] for row in rows})
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure.suptitle(f"Validation accuracy over depth and width; {caption}", fontsize=11)
+    accuracy = [row["early_accuracy"] for row in rows]
+    depths, widest = range(1, 17), max(row["c1"] for row in rows)
+    for axes, number in zip(
+        figure.subplots(1, len(stages), sharey=True, squeeze=False)[0], stages, strict=True
+    ):
+        for width, style in ((1, "--"), (2, "-")):
+            limit = [largest_c1((depth,) * number, width) for depth in depths]
+            axes.plot(
+                limit, depths, style, color=GREY, linewidth=1,
+                label=f"{MAX_PARAMS / 1e6:.0f}M parameters if 3x3, width {width}",
+            )  # fmt: skip
+            found = [row for row in rows if (row["num_stages"], row["width"]) == (number, width)]
+            dots = axes.scatter(
+                [row["c1"] for row in found],
+                [row["mean_blocks"] for row in found],
+                c=[row["early_accuracy"] for row in found],
+                marker="os"[width - 1], s=45, cmap="viridis", edgecolor="black", linewidth=0.4,
+                vmin=min(accuracy), vmax=max(accuracy), label=f"width {width}",
+            )  # fmt: skip
+        axes.set(xlabel="C1", title=f"{number} stages", xlim=(0, 1.1 * widest), ylim=(0, 17))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+    figure.axes[0].set(ylabel="blocks per stage (mean)")
+    figure.colorbar(dots, ax=figure.axes, label="validation accuracy, %")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    save(figure, path)
+
+
+def largest_c1(num_blocks: tuple[int, ...], width: int) -> float:
+    """The C1, not rounded, at which a network of 3x3 blocks reaches the budget."""
+    from model import check_budget  # here: as a library, this file imports no model
+
+    pool = 32 // 2 ** (len(num_blocks) - 1)
+    shape = {"num_blocks": num_blocks, "width": width, "pool_kernel": pool}
+    # A layer's parameters grow with the square of C1, or with C1: the sum is a parabola.
+    three = [check_budget(MAX_PARAMS, c1=c1, **shape) for c1 in (1, 2, 3)]
+    return max(np.roots(np.polyfit((1, 2, 3), three, 2) - (0, 0, MAX_PARAMS)))
+
+
+def hyperparameters(rows: list[dict[str, object]], path: str | Path, caption: str) -> None:
+    """Accuracy over each choice: every trial, and the trend with its 95% interval."""
+    figure = Figure(figsize=(10, 10), layout="constrained")
+    figure.suptitle(f"Validation accuracy over each choice; {caption}", fontsize=11)
+    accuracy = np.array([row["early_accuracy"] for row in rows])
+    rng = np.random.default_rng(0)
+    shown = {name: label for name, label in CHOICES.items() if name in rows[0]}
+    panels = figure.subplots(4, 4, sharey=True).flat
+    for axes in panels:
+        axes.set_visible(False)
+    for axes, (name, label) in zip(figure.axes, shown.items(), strict=False):
+        axes.set_visible(True)
+        values = [row[name] for row in rows]
+        levels = sorted(set(values))
+        if len(levels) > MAX_LEVELS:
+            draw_trend(axes, np.array(values, dtype=float), accuracy, rng, log=name in LOGARITHMIC)
+        else:
+            draw_means(axes, values, levels, accuracy, rng)
+        axes.set_title(label, fontsize=10)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+    for axes in figure.axes[::4]:
+        axes.set_ylabel("accuracy, %", fontsize=9)
+    save(figure, path)
+
+
+def draw_trend(
+    axes: Axes, x: np.ndarray, y: np.ndarray, rng: np.random.Generator, log: bool
+) -> None:
+    """Points and a parabola through them, with the 95% band of 1,000 bootstrap samples."""
+    scale = np.log10 if log else np.asarray
+    grid = np.linspace(scale(x).min(), scale(x).max(), 50)
+    curves = []
+    for _ in range(1000):
+        drawn = rng.integers(0, len(x), len(x))
+        if len(set(x[drawn])) > 2:  # a parabola takes three
+            curves.append(np.polyval(np.polyfit(scale(x[drawn]), y[drawn], 2), grid))
+    low, high = np.percentile(curves, [2.5, 97.5], axis=0)
+    middle = np.polyval(np.polyfit(scale(x), y, 2), grid)
+    places = 10**grid if log else grid
+    axes.fill_between(places, low, high, color=ORANGE, alpha=0.2, linewidth=0)
+    axes.plot(places, middle, color=ORANGE)
+    axes.plot(x, y, "o", color=BLUE, markersize=3.5, alpha=0.7)
+    axes.set_ylim(max(0, y.min() - 5), y.max() + 5)
+    if log:
+        axes.set_xscale("log")
+
+
+def draw_means(
+    axes: Axes, values: list, levels: list, y: np.ndarray, rng: np.random.Generator
+) -> None:
+    """Points beside each other per level, and its mean with the 95% interval by Student's t."""
+    from scipy.stats import t as student_t  # here: it takes most of a second to load
+
+    for place, level in enumerate(levels):
+        found = y[[value == level for value in values]]
+        jitter = rng.uniform(-0.15, 0.15, len(found))
+        axes.plot(place + jitter, found, "o", color=BLUE, markersize=3.5, alpha=0.7)
+        if len(found) > 1:
+            half = student_t.ppf(0.975, len(found) - 1) * found.std(ddof=1) / len(found) ** 0.5
+            axes.errorbar(
+                place + 0.3, found.mean(), half, fmt="_", color=ORANGE, capsize=3, markersize=9
+            )
+    axes.set_xticks(range(len(levels)), [str(level).replace("_", "\n") for level in levels])
+    axes.set_xlim(-0.5, len(levels) - 0.4)
+
+
+def accuracy_and_cost(rows: list[dict[str, object]], path: str | Path, caption: str) -> None:
+    """Accuracy over parameters and over MACs, with what no other trial beats in both."""
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure.suptitle(f"Validation accuracy and cost; {caption}", fontsize=11)
+    names = {"num_params": "parameters, millions", "macs": "MACs per image, millions"}
+    for axes, (name, label) in zip(figure.subplots(1, 2, sharey=True), names.items(), strict=True):
+        cost = np.array([row[name] for row in rows]) / 1e6
+        accuracy = np.array([row["early_accuracy"] for row in rows])
+        front = pareto_front(cost, accuracy)
+        axes.plot(cost, accuracy, "o", color=BLUE, markersize=4, alpha=0.6, label="trial")
+        axes.step(
+            cost[front], accuracy[front], "o-", where="post", color=ORANGE, markersize=5,
+            label="Pareto front",
+        )  # fmt: skip
+        axes.set_xscale("log")
+        axes.set(xlabel=label)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+    figure.axes[0].set(ylabel="validation accuracy, %")
+    figure.axes[0].legend(frameon=False)
+    save(figure, path)
+
+
+def pareto_front(cost: np.ndarray, accuracy: np.ndarray) -> list[int]:
+    """Indices of those that are more accurate than all that cost as much or less, by cost."""
+    front, best = [], -np.inf
+    for i in np.lexsort((-accuracy, cost)):
+        if accuracy[i] > best:
+            front.append(int(i))
+            best = accuracy[i]
+    return front
+
+
+def importance(rows: list[dict[str, object]], path: str | Path, caption: str) -> None:
+    """How much worse a random forest predicts the accuracy when one choice is shuffled."""
+    names = [name for name in CHOICES if name in rows[0] and len({r[name] for r in rows}) > 1]
+    drops, score = permutation_importance(rows, names)
+    mean, spread = drops.mean(axis=0), drops.std(axis=0, ddof=1)
+    order = np.argsort(mean)
+    figure = Figure(figsize=(8, 4.4), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(range(len(order)), mean[order], xerr=spread[order], color=BLUE, capsize=2)
+    axes.set_yticks(range(len(order)), [CHOICES[names[i]] for i in order])
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set(xlabel="squared error added by shuffling it, as a share of the variance; ± std")
+    axes.set_title(
+        f"Importance of each choice; {caption}\nrandom forest, R² on held-out trials {score:.2f}",
+        fontsize=11,
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+
+
+def permutation_importance(
+    rows: list[dict[str, object]], names: list[str]
+) -> tuple[np.ndarray, float]:
+    """Error added by shuffling each choice, (folds, choices), and the R² of all folds together.
+
+    Measured on the fifth of the trials that a forest has not seen (Breiman, "Random Forests",
+    2001), in five-fold cross-validation of two seeds. 1 is the variance of all accuracies.
+    """
+    from sklearn.ensemble import RandomForestRegressor
+    from sklearn.inspection import permutation_importance as shuffled
+    from sklearn.model_selection import RepeatedKFold
+
+    table = []
+    for name in names:
+        values = [row[name] for row in rows]
+        if isinstance(values[0], str):
+            values = [sorted(set(values)).index(value) for value in values]
+        table.append(np.log(values) if name in LOGARITHMIC else values)
+    x, y = np.array(table, dtype=float).T, np.array([row["early_accuracy"] for row in rows])
+    drops, errors, total = [], 0.0, 0.0
+    for seen, held_out in RepeatedKFold(n_splits=5, n_repeats=2, random_state=0).split(x):
+        forest = RandomForestRegressor(n_estimators=100, random_state=0).fit(x[seen], y[seen])
+        rest = (x[held_out], y[held_out])
+        found = shuffled(
+            forest, *rest, n_repeats=5, scoring="neg_mean_squared_error", random_state=0
+        )
+        drops.append(found.importances_mean / y.var())
+        errors += ((forest.predict(rest[0]) - rest[1]) ** 2).sum()
+        total += ((y[seen].mean() - rest[1]) ** 2).sum()
+    return np.array(drops), 1 - errors / total
+
+
 def architecture(model: nn.Module, path: str | Path, title: str) -> None:
     """The network as feature maps drawn to scale, from a real `ResNet`, and its two kinds of block.
 
@@ -370,6 +628,8 @@ def main(_args: list[str]) -> None:
     architecture(ResNet(), "images/architecture.png", "TPSNet: [13, 13, 13] blocks, C1 = 16")
     logs = [read_csv(f"docs/{name}-validation.csv") for name in ("fast", "tpsnet")]
     accuracy_over_time(*logs, epochs=300, published=94.84, path="images/fast.png")
+    caption = "40 trials, 3 epochs of 2,000 images"
+    effects(read_numbers("docs/search/trials.csv"), "images", caption)
 
 
 if __name__ == "__main__":

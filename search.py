@@ -98,7 +98,8 @@ MAX_REJECTED = 2000  # samples in a row
 PER_STAGE = ("num_blocks", "conv_kernel", "skip_kernel")
 SHAPE = ("num_stages", "same_blocks", *PER_STAGE, "pooled_size")  # the entries that are no constant
 METRIC = "val_accuracy"
-WEIGHTS = (*("last.pt", utils.PREVIOUS), "model.safetensors")  # what a trial that ended leaves
+WEIGHTS = ("last.pt", utils.PREVIOUS, "model.safetensors")
+RECEIVED = []  # signals that asked to end
 
 
 @dataclass(frozen=True)
@@ -340,7 +341,7 @@ class Record(tune.Callback):
         self.search, self.bar = search, None
 
     def setup(self, **_: object) -> None:
-        """Begin the bar of trials; shown where the output is a terminal."""
+        """Begin the bar of trials, shown where the output is a terminal; hear signals."""
         self.bar = tqdm(
             total=self.search.num_samples,
             desc="trials",
@@ -350,6 +351,15 @@ class Record(tune.Callback):
             disable=None,
         )
         print("trial  status    accuracy  epochs  params  network", flush=True)
+        tune_stops = signal.getsignal(signal.SIGINT)  # Ray Tune saves its state and ends
+
+        def stop(number: int, frame: object) -> None:
+            RECEIVED.append(number)
+            tune_stops(number, frame)
+
+        for name in utils.StopSignals.NAMES:
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), stop)
 
     def on_trial_start(self, iteration: int, trials: list, trial: object, **_: object) -> None:
         """Note it."""
@@ -391,9 +401,10 @@ class Record(tune.Callback):
         return rows
 
     def on_experiment_end(self, trials: list, **_: object) -> None:
-        """Take the bar away and note how all trials are left."""
+        """Take the bar away; note what the end of the time has stopped."""
         self.bar.close()
-        self.write(trials)
+        if not RECEIVED:
+            self.write(trials)
 
     def __getstate__(self) -> dict[str, object]:
         return {"search": self.search, "bar": None}
@@ -435,14 +446,6 @@ def last_line(path: str | None) -> str:
     return "unknown"
 
 
-def number(text: str) -> float | str | None:
-    """The number that a cell of a CSV file holds, else its text; None for an empty one."""
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    return text or None
-
-
 def best_of(rows: list[dict[str, object]]) -> dict[str, object] | None:
     """The trial with the highest validation accuracy, if one has any."""
     tried = [row for row in rows if row[METRIC] is not None]
@@ -474,7 +477,7 @@ def ray_started(search: Search) -> Iterator[None]:
             address=search.address or "local",
             include_dashboard=False,
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level="CRITICAL",  # Record tells what ends a trial, ray/NNN/error.txt all of it
             runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).resolve().parent)}},
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -645,12 +648,8 @@ def fit(search: Search, base: Config, data: Dataset, needs: dict[str, float]) ->
                 verbose=0,
             ),
         )
-    # Ray Tune ends in good order at SIGINT and SIGUSR1; let SIGTERM do the same.
-    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    try:
+    with utils.StopSignals():  # puts the handlers back that Ray Tune and Record change
         tuner.fit()
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def finish(search: Search) -> list[dict[str, object]]:
@@ -660,7 +659,7 @@ def finish(search: Search) -> list[dict[str, object]]:
         StoppedError: some are left to run.
     """
     folder = CHECKPOINTS / search.name
-    rows = read_trials(folder / "trials.csv")
+    rows = utils.read_numbers(folder / "trials.csv")
     count = Counter(row["status"] for row in rows)
     best = best_of(rows)
     if best:
@@ -671,10 +670,10 @@ def finish(search: Search) -> list[dict[str, object]]:
     rejected = max((row["rejected"] for row in rows), default=0)
     ends = ", ".join(f"{number} {status}" for status, number in count.items())
     print(f"{len(rows)} trials: {ends}; {rejected:,} samples were not of the wanted size")
-    if left := count["running"] + count["pending"]:
+    if RECEIVED:
         raise StoppedError(
-            signal.SIGINT,
-            f"stopped with {left} trials begun and {search.num_samples - len(rows)} to draw;"
+            RECEIVED[0],
+            f"stopped by {signal.Signals(RECEIVED[0]).name}, saved in {folder};"
             f" --resume {search.name} goes on",
         )
     if best:
@@ -684,11 +683,6 @@ def finish(search: Search) -> list[dict[str, object]]:
         )
         print(f"next: python train.py --config {(folder / 'best.json').as_posix()} --epochs 300")
     return rows
-
-
-def read_trials(path: Path) -> list[dict[str, object]]:
-    """The rows of trials.csv, with numbers where there were some."""
-    return [{name: number(text) for name, text in row.items()} for row in utils.read_csv(path)]
 
 
 def print_plan(search: Search, preset: str, data: Dataset, needs: dict[str, float]) -> None:
@@ -724,4 +718,7 @@ def main(args: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    # As a module of its own name, not __main__: what Ray pickles is found again by its name.
+    import search
+
+    utils.run_script(search.main)

@@ -272,6 +272,18 @@ def read_csv(path: str | Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def read_numbers(path: str | Path) -> list[dict[str, int | float | str | None]]:
+    """The rows of a CSV file with a header: numbers where a cell holds one, None where nothing."""
+
+    def value(text: str) -> int | float | str | None:
+        for kind in (int, float):
+            with contextlib.suppress(ValueError):
+                return kind(text)
+        return text or None
+
+    return [{name: value(text) for name, text in row.items()} for row in read_csv(path)]
+
+
 def save_state(path: Path, state: dict[str, object]) -> None:
     """Write a training state of tensors and plain values, then its SHA-256, whole or not at all.
 
