@@ -19,6 +19,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
@@ -26,10 +27,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
+import filelock
 import numpy as np
 import torch
 from tqdm import tqdm
 
+import plots
 import utils
 from data import Dataset, load_dataset
 from model import check_budget, feature_size, model_cost
@@ -41,6 +44,7 @@ from train import (
     check_config,
     has_state,
     load_config,
+    make_config,
     record,
     train,
 )
@@ -94,6 +98,7 @@ SPACE = {
 RESTARTS = 2  # cosines in a training with the schedule cosine_restarts
 REDUCTION = 4  # ASHA: of the trials that come to a rung, one in so many goes on to the next
 MAX_REJECTED = 2000  # samples in a row
+LET_GO = 60  # seconds
 
 PER_STAGE = ("num_blocks", "conv_kernel", "skip_kernel")
 SHAPE = ("num_stages", "same_blocks", *PER_STAGE, "pooled_size")  # the entries that are no constant
@@ -149,7 +154,7 @@ def domains() -> dict[str, object]:
     """SPACE in Ray Tune's terms, with one entry per stage where each stage has its own.
 
     Raises:
-        InputError: an entry is empty, missing or unknown.
+        InputError: an entry is empty, missing, unknown or nothing to draw from.
     """
     if missing := [name for name in SHAPE if name not in SPACE]:
         raise InputError(f"SPACE: it lacks {', '.join(missing)}; add what search.py came with")
@@ -159,8 +164,12 @@ def domains() -> dict[str, object]:
         if name not in SHAPE and name not in constants:
             raise InputError(f"SPACE: {name!r} is no constant of train.py; remove it")
         is_interval = isinstance(values, LogUniform)
-        if (is_interval and not 0 < values.low < values.high) or not len(values):
-            raise InputError(f"SPACE: {name} is empty ({values!r}); give it something to draw")
+        empty = not isinstance(values, tuple | list | range) or not len(values)
+        if empty or (is_interval and not 0 < values.low < values.high):
+            raise InputError(
+                f"SPACE: {name} is empty ({values!r}); give it a tuple, a range, or a LogUniform"
+                " whose ends are in order"
+            )
         if is_interval:
             domain = tune.loguniform(*values)
         elif isinstance(values, range) and values.step == 1:
@@ -297,8 +306,11 @@ def run_trial(trial: dict[str, object], search: Search, root: str, data: Dataset
     """
     os.chdir(root)
     torch.set_num_threads(max(1, int(search.cpus_per_trial)))
-    config = Config(**trial["constants"])
+    config = make_config(trial["constants"])
     folder = CHECKPOINTS / config.name
+    folder.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder / "run.lock", timeout=LET_GO):
+        pass  # the process of a search that was killed may hold it for some seconds yet
     known = has_state(folder) and record(load_config(str(folder / "config.json"))) == record(config)
     config = replace(config, resume=known, overwrite=not known)
     rows = []
@@ -335,7 +347,10 @@ def summary(log: list[dict[str, float | None]], search: Search) -> dict[str, flo
 
 
 class Record(tune.Callback):
-    """Writes trials.csv whenever a trial begins or ends, and prints a line when it ends."""
+    """Keeps trials.csv up to date, and prints a line when a trial ends.
+
+    Ray Tune calls a trial what it was until after these calls, so they say what it is now.
+    """
 
     def __init__(self, search: Search) -> None:
         self.search, self.bar = search, None
@@ -363,6 +378,10 @@ class Record(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list, trial: object, **_: object) -> None:
         """Note it."""
+        self.write(trials, {trial.trial_id: "RUNNING"})
+
+    def on_trial_result(self, iteration: int, trials: list, trial: object, **_: object) -> None:
+        """Note it."""
         self.write(trials)
 
     def on_trial_complete(self, iteration: int, trials: list, trial: object, **_: object) -> None:
@@ -377,7 +396,7 @@ class Record(tune.Callback):
         self.end(trials, trial, "ERROR")
 
     def end(self, trials: list, trial: object, status: str) -> None:
-        """Note and print the end of a trial, of which Ray Tune changes the status only later."""
+        """Note and print the end of a trial."""
         rows = self.write(trials, {trial.trial_id: status})
         row = next(row for row in rows if row["trial"] == trial.config["number"])
         accuracy = f"{row[METRIC]:.2f}%" if row[METRIC] else ""
@@ -430,20 +449,19 @@ def describe(trial: object, status: str, search: Search) -> dict[str, object]:
         "seconds": round(result["seconds"], 1) if "seconds" in result else None,
         **{name: config[name] for name in ("num_params", "macs", "num_stages", "pooled_size")},
         **{
-            name: " ".join(map(str, value)) if isinstance(value, tuple) else value
+            name: " ".join(map(str, value)) if isinstance(value, tuple | list) else value
             for name, value in ((name, constants[name]) for name in drawn)
         },
         "rejected": config["rejected"],
-        "error": diverged or (last_line(trial.error_file) if status == "failed" else ""),
+        "error": diverged or (error_of(trial) if status == "failed" else ""),
     }
 
 
-def last_line(path: str | None) -> str:
-    """What a trial ended with, from Ray Tune's account of it."""
-    with contextlib.suppress(OSError, TypeError):
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-        return next(line for line in reversed(lines) if line)
-    return "unknown"
+def error_of(trial: object) -> str:
+    """What a trial failed with, in a line; ray/NNN/error.txt has all of it."""
+    error = trial.get_pickled_error()
+    cause = getattr(error, "cause", None) or error  # of an error that its process could still tell
+    return f"{type(cause).__name__}: {first_line(cause)}"
 
 
 def best_of(rows: list[dict[str, object]]) -> dict[str, object] | None:
@@ -483,7 +501,8 @@ def ray_started(search: Search) -> Iterator[None]:
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise InputError(
             f"address: no Ray cluster at {search.address!r} ({first_line(error)}); start one with"
-            " `ray start --head`, or leave the option out"
+            " `ray start --head`, or leave the option out; one that wants a token is joined with"
+            " RAY_AUTH_MODE=token in the environment"
         ) from None
     try:
         yield
@@ -622,7 +641,8 @@ def fit(search: Search, base: Config, data: Dataset, needs: dict[str, float]) ->
         tune.with_parameters(run_trial, search=search, root=str(Path.cwd()), data=data), needs
     )
     if tune.Tuner.can_restore(folder / "ray"):
-        tuner = tune.Tuner.restore(str(folder / "ray"), trainable, restart_errored=True)
+        # Not restart_errored: it gives a trial a new id, which the searcher does not know.
+        tuner = tune.Tuner.restore(str(folder / "ray"), trainable, resume_errored=True)
     else:
         tuner = tune.Tuner(
             trainable,
@@ -648,8 +668,18 @@ def fit(search: Search, base: Config, data: Dataset, needs: dict[str, float]) ->
                 verbose=0,
             ),
         )
+    start, before = time.perf_counter(), seconds_trained(search)
     with utils.StopSignals():  # puts the handlers back that Ray Tune and Record change
         tuner.fit()
+    spent, trained = time.perf_counter() - start, seconds_trained(search) - before
+    print(f"{utils.duration(spent)} for {utils.duration(trained)} of training")
+
+
+def seconds_trained(search: Search) -> float:
+    """How long the trials have trained until now, one after the other."""
+    path = CHECKPOINTS / search.name / "trials.csv"
+    rows = utils.read_numbers(path) if path.exists() else []
+    return sum(row["seconds"] or 0 for row in rows)
 
 
 def finish(search: Search) -> list[dict[str, object]]:
@@ -682,6 +712,8 @@ def finish(search: Search) -> list[dict[str, object]]:
             f" images after {best['epochs']} epochs, {best['num_params']:,} parameters"
         )
         print(f"next: python train.py --config {(folder / 'best.json').as_posix()} --epochs 300")
+    images = f" of {search.train_size:,} images" if search.train_size else ""
+    plots.effects(rows, folder, f"{len(rows)} trials, {search.grace_period} epochs{images}")
     return rows
 
 

@@ -1189,6 +1189,11 @@ def record(config: Config) -> dict[str, object]:
     return asdict(replace(config, resume=False, overwrite=False))
 
 
+def make_config(constants: dict[str, object]) -> Config:
+    """A configuration from what JSON made of its constants, which has no tuples."""
+    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in constants.items()})
+
+
 def load_config(path: str) -> Config:
     """The constants in a config.json, or in a best.json of search.py.
 
@@ -1196,9 +1201,7 @@ def load_config(path: str) -> Config:
         InputError: the file is missing or holds something else.
     """
     try:
-        constants = json.loads(Path(path).read_text(encoding="utf-8"))
-        constants = {k: tuple(v) if isinstance(v, list) else v for k, v in constants.items()}
-        return Config(**constants)
+        return make_config(json.loads(Path(path).read_text(encoding="utf-8")))
     except OSError as error:
         raise InputError(
             f"config: cannot read {path!r} ({error.strerror}); name a config.json that train.py"
