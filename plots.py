@@ -465,7 +465,7 @@ def permutation_importance(
     x, y = np.array(table, dtype=float).T, np.array([row["early_accuracy"] for row in rows])
     drops, errors, total = [], 0.0, 0.0
     for seen, held_out in RepeatedKFold(n_splits=5, n_repeats=2, random_state=0).split(x):
-        forest = RandomForestRegressor(n_estimators=100, random_state=0).fit(x[seen], y[seen])
+        forest = RandomForestRegressor(n_estimators=50, random_state=0).fit(x[seen], y[seen])
         rest = (x[held_out], y[held_out])
         found = shuffled(
             forest, *rest, n_repeats=5, scoring="neg_mean_squared_error", random_state=0

@@ -16,6 +16,7 @@ figures, a folder with config.json and log.csv per trial, and Ray Tune's own sta
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -104,6 +105,8 @@ PER_STAGE = ("num_blocks", "conv_kernel", "skip_kernel")
 SHAPE = ("num_stages", "same_blocks", *PER_STAGE, "pooled_size")  # the entries that are no constant
 METRIC = "val_accuracy"
 WEIGHTS = ("last.pt", utils.PREVIOUS, "model.safetensors")
+# Ray Tune's: of the trials, of how many were made, and of the searcher, UnderBudget.
+STATE_FILES = ("experiment_state-*.json", "search_gen_state-*.json", "searcher-state-*.pkl")
 RECEIVED = []  # signals that asked to end
 
 
@@ -134,7 +137,7 @@ class Search:
     address: str = ""
     """HOST:PORT of a running Ray cluster, or `auto`; default: this machine alone."""
     time_budget: float = 0.0
-    """Minutes after which all trials are stopped; 0 for no limit. A resumed search has it anew."""
+    """Minutes after which all trials are stopped and the search is over; 0 for no limit."""
     seed: int = 0
     """Decides what is drawn, and is the seed of all trainings."""
     data_dir: str = "data"
@@ -365,7 +368,7 @@ class Record(tune.Callback):
             dynamic_ncols=True,
             disable=None,
         )
-        print("trial  status    accuracy  epochs  params  network", flush=True)
+        print("trial  status    accuracy  epochs  params  blocks", flush=True)
         tune_stops = signal.getsignal(signal.SIGINT)  # Ray Tune saves its state and ends
 
         def stop(number: int, frame: object) -> None:
@@ -387,6 +390,7 @@ class Record(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list, trial: object, **_: object) -> None:
         """Note it and drop its weights, which a few epochs have trained."""
         self.end(trials, trial, "TERMINATED")
+        keep_state(CHECKPOINTS / self.search.name / "ray")
         folder = CHECKPOINTS / trial.config["constants"]["name"]
         for name in WEIGHTS:
             (folder / name).unlink(missing_ok=True)
@@ -400,9 +404,10 @@ class Record(tune.Callback):
         rows = self.write(trials, {trial.trial_id: status})
         row = next(row for row in rows if row["trial"] == trial.config["number"])
         accuracy = f"{row[METRIC]:.2f}%" if row[METRIC] else ""
+        lr = trial.config["constants"]["lr"]
         self.bar.write(
             f"{row['trial']:>5}  {row['status']:9} {accuracy:>8}  {row['epochs']:>6}"
-            f"  {row['num_params'] / 1e6:5.2f}M  [{row['num_blocks']}] C1 {row['c1']}"
+            f"  {row['num_params'] / 1e6:5.2f}M  [{row['num_blocks']}] C1 {row['c1']}, lr {lr:.2g}"
         )
         sys.stdout.flush()
         ended = [row for row in rows if row["status"] not in ("pending", "running")]
@@ -439,7 +444,8 @@ def describe(trial: object, status: str, search: Search) -> dict[str, object]:
         status = "diverged" if diverged else status
     else:
         status = {"ERROR": "failed", "PENDING": "pending"}.get(status, "running")
-    drawn = [*PER_STAGE, "pool_kernel", *(name for name in SPACE if name not in SHAPE)]
+    others = (name for name in SPACE if name not in SHAPE)
+    drawn = dict.fromkeys([*PER_STAGE, "pool_kernel", "c1", "width", *others])
     return {
         "trial": config["number"],
         "status": status,
@@ -512,7 +518,7 @@ def ray_started(search: Search) -> Iterator[None]:
 
 def check_address(address: str) -> None:
     """Raise InputError unless something listens there: Ray itself would try for long."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
     except (OSError, ValueError, OverflowError) as error:
@@ -567,11 +573,16 @@ def load_search(search: Search) -> tuple[str, Search]:
     path = CHECKPOINTS / search.resume / "search.json"
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        preset, stored = stored.pop("preset"), Search(**stored)
+        preset, space, stored = stored.pop("preset"), stored.pop("space"), Search(**stored)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"resume: no search in {path.parent} ({first_line(error)}); give the --name of one"
         ) from None
+    if space != repr(SPACE):
+        raise InputError(
+            f"SPACE: it was {space} when the search {search.resume} was started; put it back, or"
+            " start another search"
+        )
     new = {"resume": search.resume, "address": search.address}
     for option in fields(Search):
         given, old = getattr(search, option.name), getattr(stored, option.name)
@@ -628,7 +639,8 @@ def run_search(search: Search, preset: str) -> list[dict[str, object]]:
         needs = resources(search)
         with utils.lock_folder(folder):
             if not search.resume:
-                utils.write_json(folder / "search.json", {"preset": preset, **asdict(search)})
+                described = {"preset": preset, "space": repr(SPACE), **asdict(search)}
+                utils.write_json(folder / "search.json", described)
             print_plan(search, preset, data, needs)
             fit(search, base, data, needs)
     return finish(search)
@@ -640,7 +652,8 @@ def fit(search: Search, base: Config, data: Dataset, needs: dict[str, float]) ->
     trainable = tune.with_resources(
         tune.with_parameters(run_trial, search=search, root=str(Path.cwd()), data=data), needs
     )
-    if tune.Tuner.can_restore(folder / "ray"):
+    mend_state(folder / "ray")
+    if state_is_whole(folder / "ray"):
         # Not restart_errored: it gives a trial a new id, which the searcher does not know.
         tuner = tune.Tuner.restore(str(folder / "ray"), trainable, resume_errored=True)
     else:
@@ -675,11 +688,51 @@ def fit(search: Search, base: Config, data: Dataset, needs: dict[str, float]) ->
     print(f"{utils.duration(spent)} for {utils.duration(trained)} of training")
 
 
+def read_trials(search: Search) -> list[dict[str, object]]:
+    """The rows of trials.csv."""
+    path = CHECKPOINTS / search.name / "trials.csv"
+    return utils.read_numbers(path) if path.exists() else []
+
+
+def state_is_whole(folder: Path) -> bool:
+    """Whether Ray Tune's state can be restored: its newest files tell of the same trials."""
+    try:
+        controller, generator, searcher = (
+            max(folder.glob(pattern)).read_bytes() for pattern in STATE_FILES
+        )
+        trials = json.loads(controller)["trial_data"]
+        counter = cloudpickle.loads(generator)["counter"]
+        return len(trials) == counter == cloudpickle.loads(searcher)["number"]
+    except Exception:  # whatever half a file can raise
+        return False
+
+
+def keep_state(folder: Path) -> None:
+    """Keep a copy of Ray Tune's state if it is whole: it is written in place, file by file."""
+    if not state_is_whole(folder):
+        return
+    kept, new = folder / "kept", folder / "kept.new"
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    for pattern in STATE_FILES:
+        shutil.copy2(max(folder.glob(pattern)), new)
+    shutil.rmtree(kept, ignore_errors=True)
+    new.rename(kept)
+
+
+def mend_state(folder: Path) -> None:
+    """If a kill has left half a state, put the copy in its place."""
+    if not state_is_whole(folder) and (folder / "kept").is_dir():
+        for pattern in STATE_FILES:
+            for path in folder.glob(pattern):
+                path.unlink()
+        for path in (folder / "kept").iterdir():
+            shutil.copy2(path, folder)
+
+
 def seconds_trained(search: Search) -> float:
     """How long the trials have trained until now, one after the other."""
-    path = CHECKPOINTS / search.name / "trials.csv"
-    rows = utils.read_numbers(path) if path.exists() else []
-    return sum(row["seconds"] or 0 for row in rows)
+    return sum(row["seconds"] or 0 for row in read_trials(search))
 
 
 def finish(search: Search) -> list[dict[str, object]]:
@@ -689,7 +742,7 @@ def finish(search: Search) -> list[dict[str, object]]:
         StoppedError: some are left to run.
     """
     folder = CHECKPOINTS / search.name
-    rows = utils.read_numbers(folder / "trials.csv")
+    rows = read_trials(search)
     count = Counter(row["status"] for row in rows)
     best = best_of(rows)
     if best:

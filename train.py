@@ -1198,10 +1198,10 @@ def load_config(path: str) -> Config:
     """The constants in a config.json, or in a best.json of search.py.
 
     Raises:
-        InputError: the file is missing or holds something else.
+        InputError: the file is missing, or holds something else or what cannot be trained.
     """
     try:
-        return make_config(json.loads(Path(path).read_text(encoding="utf-8")))
+        config = make_config(json.loads(Path(path).read_text(encoding="utf-8")))
     except OSError as error:
         raise InputError(
             f"config: cannot read {path!r} ({error.strerror}); name a config.json that train.py"
@@ -1212,6 +1212,8 @@ def load_config(path: str) -> Config:
             f"config: {path} holds no constants of a run ({first_line(error)}); name a config.json"
             " that train.py wrote, or a best.json of search.py"
         ) from None
+    check_config(config)
+    return config
 
 
 def main(args: list[str]) -> None:

@@ -26,6 +26,8 @@ BAD_LINES = [
     # presets and options
     ("train.py resnet50", ["preset", "'resnet50'", "tpsnet, model1, model2, fast, best, demo"]),
     ("train.py --learning-rate 0.1", ["--learning-rate", "-h"]),
+    ("train.py --config", ["config", "''", "config.json"]),
+    ("train.py --config nothing.json", ["config", "'nothing.json'", "best.json"]),
     ("train.py demo model1", ["model1", "-h"]),
     ("train.py demo --lr", ["--lr", "-h"]),
     ("train.py demo --lr fast", ["--lr", "'fast'", "-h"]),
@@ -56,6 +58,7 @@ BAD_LINES = [
     ("train.py demo --num-blocks 1 1 1 1", ["pool_kernel", "8", "4x4", "use 1 to 4"]),
     ("train.py demo --dropout 1", ["dropout", "1", "from 0 to 0.99"]),
     ("train.py demo --dropout nan", ["dropout", "nan", "from 0 to 0.99"]),
+    ("train.py demo --classifier-dropout 1", ["classifier_dropout", "1", "from 0 to 0.99"]),
     ("train.py --c1 17", ["max_params", "5,598,195", "5,000,000", "--max-params"]),
     ("train.py demo --max-params 76817", ["max_params", "76,818", "76,817"]),
     ("train.py demo --max-params 0", ["max_params", "0", "at least 1"]),
@@ -92,6 +95,7 @@ BAD_LINES = [
     ("train.py demo --ema 1", ["ema", "1", "from 0 to 0.999999"]),
     # the run
     ("train.py demo --name ../elsewhere", ["name", "'../elsewhere'", "letters, digits"]),
+    ("train.py demo --name a/b/c", ["name", "'a/b/c'", "GROUP/NAME"]),
     ("train.py demo --name .hidden", ["name", "'.hidden'", "letters, digits"]),
     ("train.py demo --name=", ["name", "''", "letters, digits"]),
     ("train.py demo --seed -1", ["seed", "-1", "from 0 to 4294967295"]),
@@ -319,6 +323,18 @@ def test_run_folder_that_cannot_be_made(monkeypatch, capsys):
     Path("checkpoints").write_text("a file")
     words = ["name", "checkpoints/demo", "cannot be written"]
     check_refusal("train.py", ["demo", "--wandb", "disabled"], words, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"depth": 3}', '{"c1":', "\x00"])
+def test_file_of_constants_that_is_none(text, monkeypatch, capsys):
+    Path("bad.json").write_text(text)
+    words = ["config", "bad.json", "config.json that train.py wrote"]
+    check_refusal("train.py", ["--config", "bad.json"], words, monkeypatch, capsys)
+
+
+def test_file_of_constants_with_a_bad_one(monkeypatch, capsys):
+    Path("bad.json").write_text('{"c1": "wide"}')
+    check_refusal("train.py", ["--config", "bad.json"], ["c1", "'wide'"], monkeypatch, capsys)
 
 
 def test_config_file_round_trip():

@@ -325,6 +325,20 @@ def test_archive_and_binary_layout_are_the_same_data(tiny_cifar10):
     assert data.fingerprint(binary.train, changed) != binary.fingerprint
 
 
+def test_without_test_images_the_rest_is_the_same_and_their_file_is_not_read(tiny_cifar10):
+    archive, binary = tiny_cifar10
+    whole = load_dataset("cifar10", binary, val_size=20)
+    (binary / data.BINARY_FOLDER / "test_batch.bin").unlink()
+    for folder in (archive, binary):
+        found = load_dataset("cifar10", folder, val_size=20, test=False)
+        assert (len(found.train), len(found.val), len(found.test)) == (80, 20, 0)
+        assert torch.equal(found.val.images, whole.val.images)
+        assert found.fingerprint != whole.fingerprint
+    digits = load_dataset("digits", test=False)
+    assert len(digits.test) == 0
+    assert torch.equal(digits.train.labels, load_dataset("digits").train.labels)
+
+
 def test_archive_that_was_put_there_is_unpacked_without_a_download(tiny_cifar10):
     folder, _ = tiny_cifar10
     for file in (folder / "cifar-10-batches-py").iterdir():

@@ -96,6 +96,21 @@ def test_dropout_acts_between_the_convolutions_and_only_in_training():
     assert inputs[0] is inputs[1]
 
 
+def test_classifier_dropout_acts_on_the_pooled_features_and_only_in_training():
+    network = ResNet(**SMALL, classifier_dropout=0.5)
+    inputs = []
+    network.linear.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    features = network(torch.randn(4, 3, 32, 32)) is None or inputs.pop()
+    assert 0.25 < (features == 0).float().mean() < 0.75
+    x = torch.randn(4, 3, 32, 32)
+    network.eval()
+    assert torch.equal(network(x), network(x))
+    with torch.no_grad():
+        plain = ResNet(**SMALL).eval()
+        plain.load_state_dict(network.state_dict())  # no parameter of its own
+        assert torch.equal(plain(x), network(x))
+
+
 def test_strides_and_projections_stand_where_the_shape_changes():
     network = ResNet(num_blocks=(2, 2, 2), c1=4, skip_kernel=3)
     for i, stage in enumerate(network.stages):

@@ -122,3 +122,61 @@ def test_figures_are_png_files(tmp_path):
     plots.learning_curves(log(2, True), tmp_path / "new" / "curves.png", "a run")
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["curves.png"]
     assert (tmp_path / "new" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def trials(number):
+    """Rows of trials.csv in which the learning rate decides and nothing else does."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for _ in range(number):
+        lr = 10 ** rng.uniform(-4, 0)
+        accuracy = 40 - 8 * (np.log10(lr) + 2) ** 2 + rng.normal()
+        stages = int(rng.integers(2, 5))
+        rows.append({
+            "early_accuracy": accuracy, "num_params": int(rng.integers(1e5, 5e6)),
+            "macs": int(rng.integers(1e7, 1e9)), "num_stages": stages, "pooled_size": 1,
+            "num_blocks": " ".join(map(str, rng.integers(1, 17, stages))),
+            "conv_kernel": " ".join("3" * stages), "skip_kernel": " ".join("1" * stages),
+            "c1": int(rng.integers(8, 49)), "width": int(rng.integers(1, 3)), "lr": lr,
+            "batch_size": int(rng.choice([32, 64])), "optimizer": str(rng.choice(["sgd", "muon"])),
+        })  # fmt: skip
+    return [*rows, rows[0] | {"early_accuracy": None}]  # one that diverged
+
+
+def test_search_effects_show_every_trial(figures):
+    rows = trials(30)
+    assert len(plots.effects(rows, "images", "30 trials")) == len(figures) == 4
+    depth, choices, cost, shares = figures
+    dots = [d for axes in depth.axes[:3] for d in axes.collections]
+    shown = sorted(float(a) for dot in dots for a in dot.get_array())
+    assert shown == pytest.approx(sorted(r["early_accuracy"] for r in rows[:-1]))
+    panels = {axes.get_title(): axes for axes in choices.axes if axes.get_visible()}
+    assert {"learning rate", "optimizer", "C1", "stages"} <= set(panels)
+    assert "dropout in blocks" not in panels  # these trials have none
+    assert len(panels["learning rate"].lines[1].get_xdata()) == 30
+    peak = panels["learning rate"].lines[0]
+    assert np.log10(peak.get_xdata()[np.argmax(peak.get_ydata())]) == pytest.approx(-2, abs=0.2)
+    means = [bar.lines[0].get_ydata()[0] for bar in panels["optimizer"].containers]
+    expected = [
+        np.mean([r["early_accuracy"] for r in rows[:-1] if r["optimizer"] == name])
+        for name in ("muon", "sgd")
+    ]
+    assert means == pytest.approx(expected)
+    assert [len(axes.lines[0].get_xdata()) for axes in cost.axes] == [30, 30]
+    names = [label.get_text() for label in shares.axes[0].get_yticklabels()]
+    assert names[-1] == "learning rate"  # the most important is on top
+    assert "R² on held-out trials 0." in shares.axes[0].get_title()
+
+
+def test_few_trials_make_no_figures(figures):
+    assert plots.effects(trials(5), "images", "5 trials") == figures == []
+
+
+def test_pareto_front_is_what_nothing_cheaper_beats():
+    cost, accuracy = np.array([3, 1, 2, 2, 5]), np.array([30.0, 10.0, 25.0, 20.0, 30.0])
+    assert plots.pareto_front(cost, accuracy) == [1, 2, 0]
+
+
+@pytest.mark.parametrize(("blocks", "c1"), [(13, 16), (3, 34), (7, 22)])
+def test_limit_of_c1_is_the_papers(blocks, c1):
+    assert int(plots.largest_c1((blocks,) * 3, 2)) == c1

@@ -170,10 +170,12 @@ def test_search_is_not_overwritten_nor_resumed_as_another(monkeypatch, capsys):
     line = "demo --val-size 200 --name found"
     check_refusal(line, ["name", "checkpoints/found", "--resume found"], monkeypatch, capsys)
     check_refusal("--resume found", ["resume", "no search in"], monkeypatch, capsys)
-    stored = {"preset": "demo", **vars(Search(name="found", num_samples=9))}
+    stored = {"preset": "demo", "space": repr(SPACE), **vars(Search(name="found", num_samples=9))}
     utils.write_json(folder / "search.json", stored)
     words = ["num_samples", "8", "was started with 9"]
     check_refusal("--resume found --num-samples 8", words, monkeypatch, capsys)
+    monkeypatch.setattr(search_script, "SPACE", SPACE | {"c1": (16, 17)})
+    check_refusal("--resume found", ["SPACE", "range(8, 49)", "put it back"], monkeypatch, capsys)
 
 
 # ---------------------------------------------------------------- a real search
@@ -296,3 +298,17 @@ def test_search_on_two_nodes_outlives_a_kill_and_a_signal(monkeypatch):
     trained = load_config(f"checkpoints/tiny/{best['trial']:03d}/config.json")
     assert config == replace(trained, name="tiny-best", val_size=0, wandb="auto")
     assert json.loads(Path("checkpoints/tiny/search.json").read_text())["num_samples"] == 8
+    check_state_survives_damage(Path("checkpoints/tiny/ray"))
+
+
+def check_state_survives_damage(folder):
+    """Ray Tune writes its state in place: a kill can leave half of it, or files that disagree."""
+    assert search_script.state_is_whole(folder)
+    search_script.keep_state(folder)
+    for pattern in search_script.STATE_FILES:
+        newest = max(folder.glob(pattern))
+        newest.write_bytes(newest.read_bytes()[:1000])
+        assert not search_script.state_is_whole(folder)
+        search_script.keep_state(folder)  # does not replace the sound copy
+        search_script.mend_state(folder)
+        assert search_script.state_is_whole(folder)

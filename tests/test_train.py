@@ -468,6 +468,31 @@ def test_one_training_is_of_one_seed(tiny):
         train(replace(tiny, seeds=2))
 
 
+def test_training_without_test_images_reports_its_epochs_and_tests_nothing(tiny, capsys):
+    data = load_dataset("digits", val_size=100, test=False)
+    reported = []
+    config = replace(tiny, name="group/one")
+    assert train(config, data, lambda log: reported.append(list(log))) is None
+    assert [len(log) for log in reported] == [1, 2, 3]
+    assert reported[-1] == utils.read_numbers("checkpoints/group/one/log.csv")
+    assert "test accuracy" not in capsys.readouterr().out
+    _, info = load_model("checkpoints/group/one/model.safetensors")
+    assert info["accuracy"]["test"] is None
+    again = []
+    train(replace(config, epochs=4, resume=True), data, lambda log: again.append(list(log)))
+    assert [len(log) for log in again] == [3, 4]  # what was there, at once
+    assert again[0] == reported[-1]
+
+
+def test_constants_come_from_a_file_too(tiny, monkeypatch):
+    trained = []
+    monkeypatch.setattr(train_script, "train", trained.append)
+    utils.write_json(Path("best.json"), train_script.record(replace(tiny, c1=5)))
+    for line in ("--config best.json --epochs 300", "--config=best.json --epochs 300"):
+        assert run_main(train_script.main, *line.split(), monkeypatch=monkeypatch) == 0
+        assert trained.pop() == replace(tiny, c1=5, epochs=300)
+
+
 def test_finished_run_resumed_only_tests_again(tiny, capsys):
     first = train(tiny)
     capsys.readouterr()

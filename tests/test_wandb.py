@@ -66,16 +66,18 @@ def test_offline_run_holds_every_epoch_the_curves_and_the_final_accuracy(demo):
 
 
 def test_auto_without_a_login_is_offline_asks_nothing_and_resumes_the_same_run(tmp_path):
-    line = "train.py demo --epochs 2 --limit-steps 2 --wandb auto".split()
+    line = "train.py demo --name group/demo --epochs 2 --limit-steps 2 --wandb auto".split()
     alone = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "WANDB_API_KEY": ""}
     first = run(*line, **alone)
     assert first.returncode == 0, first.stderr
     assert "offline, in checkpoints" in first.stdout
     again = run(*line, "--resume", **alone)
     assert again.returncode == 0, again.stderr
-    folder = tmp_path / "checkpoints" / "demo"
+    folder = tmp_path / "checkpoints" / "group" / "demo"
     assert len(list(folder.glob("wandb/offline-run-*"))) == 2
     assert len({run_id for run_id, _ in history(folder)}) == 1
+    runs = [record.run for _, record in offline_records(folder) if record.HasField("run")]
+    assert {(run.display_name, run.run_group) for run in runs} == {("demo", "group")}
 
 
 def test_missing_library_is_one_warning(tiny, monkeypatch, capsys):
