@@ -1,7 +1,7 @@
 """Search at random for the network of at most 5 million parameters that trains best, on Ray Tune.
 
     python search.py                              # 200 trials of up to 30 epochs of CIFAR-10
-    python search.py demo --name try --epochs 4   # on handwritten digits, a few minutes
+    python search.py demo --num-samples 8 --epochs 4 --name try   # digits, no download
     python search.py --resume search              # goes on with one that was cut off
     python train.py --config checkpoints/search/best.json --epochs 300
 
@@ -100,6 +100,7 @@ RESTARTS = 2  # cosines in a training with the schedule cosine_restarts
 REDUCTION = 4  # ASHA: of the trials that come to a rung, one in so many goes on to the next
 MAX_REJECTED = 2000  # samples in a row
 LET_GO = 60  # seconds
+VAL_SIZE = {"cifar10": 5000, "digits": 200}  # images
 
 PER_STAGE = ("num_blocks", "conv_kernel", "skip_kernel")
 SHAPE = ("num_stages", "same_blocks", *PER_STAGE, "pooled_size")  # the entries that are no constant
@@ -120,14 +121,14 @@ class Search:
     """Trials."""
     epochs: int = 30
     """Epochs of a trial that is not stopped early."""
-    grace_period: int = 5
-    """Epochs that every trial gets; as many as EPOCHS to stop none."""
+    grace_period: int = 0
+    """Epochs that every trial gets; as many as EPOCHS to stop none; 0 for a sixth of them."""
     algorithm: Literal["random", "optuna"] = "random"
     """Draw independently, or by Optuna's TPE, which learns from the trials that ended."""
     min_params: int = 0
     """Refuse a network with fewer parameters too, to stay close under the budget."""
-    val_size: int = 5000
-    """Training images that are set aside to choose by."""
+    val_size: int = 0
+    """Training images that are set aside to choose by; 0 for 5,000 (of the digits, 200)."""
     train_size: int = 0
     """How many of the others to train on; 0 for all."""
     cpus_per_trial: float = 1.0
@@ -552,10 +553,11 @@ def resources(search: Search) -> dict[str, float]:
 
 def check_search(search: Search) -> None:
     """Raise InputError, naming the field, if this cannot be searched."""
-    for name in ("num_samples", "epochs", "val_size"):
+    for name in ("num_samples", "epochs"):
         check_integer(name, getattr(search, name), 1)
-    check_integer("grace_period", search.grace_period, 1, search.epochs)
-    check_integer("min_params", search.min_params, 0)
+    for name in ("val_size", "min_params"):
+        check_integer(name, getattr(search, name), 0)
+    check_integer("grace_period", search.grace_period, 0, search.epochs)
     check_number("cpus_per_trial", search.cpus_per_trial, 0.01, 1024)
     if search.gpus_per_trial is not None:
         check_number("gpus_per_trial", search.gpus_per_trial, 0, 1024)
@@ -594,15 +596,9 @@ def load_search(search: Search) -> tuple[str, Search]:
     return preset, replace(stored, **new)
 
 
-def run_search(search: Search, preset: str) -> list[dict[str, object]]:
-    """Run all trials of a search, or those that are left; returns the rows of trials.csv.
-
-    Raises:
-        InputError: it cannot be run; nothing was written.
-        StoppedError: a signal asked to end; --resume goes on.
-    """
-    check_search(search)
-    base = replace(
+def base_config(search: Search, preset: str) -> Config:
+    """What all trials have in common."""
+    return replace(
         PRESETS[preset],
         name=search.name,
         epochs=search.epochs,
@@ -614,6 +610,22 @@ def run_search(search: Search, preset: str) -> list[dict[str, object]]:
         download=search.download,
         wandb=search.wandb,
     )
+
+
+def run_search(search: Search, preset: str) -> list[dict[str, object]]:
+    """Run all trials of a search, or those that are left; returns the rows of trials.csv.
+
+    Raises:
+        InputError: it cannot be run; nothing was written.
+        StoppedError: a signal asked to end; --resume goes on.
+    """
+    check_search(search)
+    search = replace(
+        search,
+        grace_period=search.grace_period or max(1, search.epochs // 6),
+        val_size=search.val_size or VAL_SIZE[PRESETS[preset].dataset],
+    )
+    base = base_config(search, preset)
     check_config(base)
     UnderBudget(make_searcher(search), base, search.min_params).suggest("first")
     folder = CHECKPOINTS / search.name

@@ -105,8 +105,8 @@ BAD_LINES = [
     ("resnet50", ["preset", "'resnet50'", "demo"]),
     ("demo --num-samples 0", ["num_samples", "0", "at least 1"]),
     ("demo --epochs 0", ["epochs", "0", "at least 1"]),
-    ("demo --epochs 3 --grace-period 4", ["grace_period", "4", "from 1 to 3"]),
-    ("demo --val-size 0", ["val_size", "0", "at least 1"]),
+    ("demo --epochs 3 --grace-period 4", ["grace_period", "4", "from 0 to 3"]),
+    ("demo --val-size -1", ["val_size", "-1", "at least 0"]),
     ("demo --val-size 5000", ["val_size", "5000", "or 10 to 1,428"]),
     ("demo --train-size 200 --val-size 200", ["batch_size", "256", "200 training images"]),
     ("demo --cpus-per-trial 0", ["cpus_per_trial", "0", "from 0.01"]),
@@ -116,8 +116,8 @@ BAD_LINES = [
     ("demo --name a/b", ["name", "'a/b'", "leave out the /"]),
     ("demo --name ..", ["name", "'..'", "letters, digits"]),
     ("demo --algorithm grid", ["--algorithm", "'grid'", "optuna"]),
-    ("demo --val-size 200 --address localhost", ["address", "'localhost'", "HOST:PORT"]),
-    ("demo --val-size 200 --address 127.0.0.1:9", ["address", "127.0.0.1:9", "ray start --head"]),
+    ("demo --address localhost", ["address", "'localhost'", "HOST:PORT"]),
+    ("demo --address 127.0.0.1:9", ["address", "127.0.0.1:9", "ray start --head"]),
     ("demo --resume nothing", ["resume", "checkpoints/nothing", "--name"]),
     ("--no-download", ["data_dir", "cifar-10-python.tar.gz"]),
 ]
@@ -167,7 +167,7 @@ def test_empty_space(monkeypatch, capsys):
 def test_search_is_not_overwritten_nor_resumed_as_another(monkeypatch, capsys):
     folder = Path("checkpoints/found")
     folder.mkdir(parents=True)
-    line = "demo --val-size 200 --name found"
+    line = "demo --name found"
     check_refusal(line, ["name", "checkpoints/found", "--resume found"], monkeypatch, capsys)
     check_refusal("--resume found", ["resume", "no search in"], monkeypatch, capsys)
     stored = {"preset": "demo", "space": repr(SPACE), **vars(Search(name="found", num_samples=9))}
@@ -246,7 +246,7 @@ def start(*args):
 def test_search_on_two_nodes_outlives_a_kill_and_a_signal(monkeypatch):
     ended = ("finished", "stopped", "diverged", "failed")
     with ray_nodes(monkeypatch) as address:
-        line = "demo --name tiny --num-samples 8 --epochs 4 --grace-period 1 --val-size 200"
+        line = "demo --name tiny --num-samples 8 --epochs 4"
         driver = start(*line.split(), "--address", address)
         # Each node has one processor: two trials at once are on two nodes.
         wait_for(lambda: len(rows("running")) == 2)
@@ -269,9 +269,7 @@ def test_search_on_two_nodes_outlives_a_kill_and_a_signal(monkeypatch):
 
         driver = start("--resume", "tiny", "--address", address)
         assert driver.wait(120) == 0
-        too_many = start(
-            *"demo --val-size 200 --name other --cpus-per-trial 2 --address".split(), address
-        )
+        too_many = start(*"demo --name other --cpus-per-trial 2 --address".split(), address)
         output = Path("out.txt").read_text()
         assert too_many.wait(60) == 2
     assert Path("out.txt").read_text() == (
@@ -297,7 +295,8 @@ def test_search_on_two_nodes_outlives_a_kill_and_a_signal(monkeypatch):
     assert (config.lr, config.val_size, config.name) == (best["lr"], 0, "tiny-best")
     trained = load_config(f"checkpoints/tiny/{best['trial']:03d}/config.json")
     assert config == replace(trained, name="tiny-best", val_size=0, wandb="auto")
-    assert json.loads(Path("checkpoints/tiny/search.json").read_text())["num_samples"] == 8
+    stored = json.loads(Path("checkpoints/tiny/search.json").read_text())
+    assert (stored["num_samples"], stored["grace_period"], stored["val_size"]) == (8, 1, 200)
     check_state_survives_damage(Path("checkpoints/tiny/ray"))
 
 
