@@ -20,6 +20,12 @@ from utils import Score, atomic_path, read_csv, read_numbers, run_script
 # Okabe & Ito's palette, told apart by colour-blind readers too (jfly.uni-koeln.de/color).
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 
+EFFECTS = (  # the figures of a search
+    "num_block_inplane_effects.png",
+    "hyperparameters_effects.png",
+    "accuracy_and_cost.png",
+    "importance.png",
+)
 MAX_PARAMS = 5_000_000  # the budget, drawn into the figures of a search
 MIN_TRIALS = 10  # for a figure to say anything
 MAX_LEVELS = 6  # of a choice that is drawn by its means, not as a trend
@@ -252,15 +258,11 @@ def effects(rows: list[dict[str, object]], directory: str | Path, caption: str) 
     rows = [with_derived(row) for row in rows if row["early_accuracy"] is not None]
     if len(rows) < MIN_TRIALS:
         return []
-    figures = {
-        "num_block_inplane_effects.png": blocks_and_channels,
-        "hyperparameters_effects.png": hyperparameters,
-        "accuracy_and_cost.png": accuracy_and_cost,
-        "importance.png": importance,
-    }
-    for name, draw in figures.items():
-        draw(rows, Path(directory, name), caption)
-    return [Path(directory, name) for name in figures]
+    draws = (blocks_and_channels, hyperparameters, accuracy_and_cost, importance)
+    paths = [Path(directory, name) for name in EFFECTS]
+    for draw, path in zip(draws, paths, strict=True):
+        draw(rows, path, caption)
+    return paths
 
 
 def with_derived(row: dict[str, object]) -> dict[str, object]:
