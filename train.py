@@ -1231,8 +1231,9 @@ def main(args: list[str]) -> None:
         Config,
         args,
         default=config or PRESETS[preset],
-        prog=f"train.py [{'|'.join(PRESETS)} | --config FILE]",
-        description=f"Train a network; the defaults shown are those of {preset}.",
+        prog=f"train.py [{'|'.join(PRESETS)}]",
+        description=f"Train a network; the defaults shown are those of {preset}. In place of a"
+        " preset, --config FILE takes those in a file.",
     )
     train_seeds(config) if config.seeds > 1 else train(config)
 

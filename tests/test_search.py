@@ -269,8 +269,8 @@ def test_search_on_two_nodes_outlives_a_kill_and_a_signal(monkeypatch):
 
         driver = start("--resume", "tiny", "--address", address)
         assert driver.wait(120) == 0
-        too_many = start(*"demo --name other --cpus-per-trial 2 --address".split(), address)
         output = Path("out.txt").read_text()
+        too_many = start(*"demo --name other --cpus-per-trial 2 --address".split(), address)
         assert too_many.wait(60) == 2
     assert Path("out.txt").read_text() == (
         "error: cpus_per_trial: 2, but no machine has more than 1; use up to 1\n"
