@@ -308,6 +308,7 @@ def run_trial(trial: dict[str, object], search: Search, root: str, data: Dataset
 
     A trial that was cut off goes on from its last saved step.
     """
+    utils.give_back_memory()  # this process may have run a trial before
     os.chdir(root)
     torch.set_num_threads(max(1, int(search.cpus_per_trial)))
     config = make_config(trial["constants"])

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import ctypes
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import inspect
@@ -439,6 +440,16 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: map nothing
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
+
+
+def give_back_memory() -> None:
+    """Give the system what `keep_freed_memory` keeps, between two networks in one process.
+
+    Pieces of the sizes that the first one needed may not serve the second one, and would pile up.
+    """
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @functools.cache
