@@ -494,6 +494,7 @@ def ray_started(search: Search) -> Iterator[None]:
         "RAY_CHDIR_TO_TRIAL_DIR": "0",  # data/ and checkpoints/ are below this folder
         "RAY_AIR_NEW_OUTPUT": "0",  # Record prints instead
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_GLOBAL_CHECKPOINT_S": "1",  # seconds between saves: a kill loses no more
     }
     os.environ.update(quiet)
     if search.address and search.address != "auto":
@@ -787,9 +788,10 @@ def print_plan(search: Search, preset: str, data: Dataset, needs: dict[str, floa
     """Say what is about to be searched."""
     cluster = ray.cluster_resources()
     at_once = int(min(cluster.get(unit.upper(), 0) / n for unit, n in needs.items() if n))
+    epochs = f"{search.grace_period} to " if search.grace_period < search.epochs else ""
     print(
         f"{search.name}: {search.num_samples:,} trials around {preset}, {search.algorithm} search,"
-        f" {search.grace_period} to {search.epochs} epochs each, {at_once} at a time"
+        f" {epochs}{search.epochs} epochs each, {at_once} at a time"
     )
     print(
         f"{data.name}: {len(data.train):,} training and {len(data.val):,} validation images; no"

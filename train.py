@@ -1232,8 +1232,8 @@ def main(args: list[str]) -> None:
         args,
         default=config or PRESETS[preset],
         prog=f"train.py [{'|'.join(PRESETS)}]",
-        description=f"Train a network; the defaults shown are those of {preset}. In place of a"
-        " preset, --config FILE takes those in a file.",
+        description=f"Train a network; the defaults shown are those of {preset}.\n\n"
+        "In place of a preset, `--config FILE` takes those in a file.",
     )
     train_seeds(config) if config.seeds > 1 else train(config)
 

@@ -14,7 +14,20 @@ import utils
 from train import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
+HAS_CIFAR10 = any(
+    (ROOT / "data" / name).is_dir() for name in (data.BINARY_FOLDER, "cifar-10-batches-py")
+)
 TINY = replace(PRESETS["demo"], name="tiny", epochs=3, limit_steps=3, wandb="disabled")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Skip the tests whose data is not there, and with them those that take their time."""
+    reasons = {} if HAS_CIFAR10 else {"cifar10": "CIFAR-10 is not in data/"}
+    if not HAS_CIFAR10 and "slow" not in config.option.markexpr:
+        reasons["slow"] = "slow; `-m slow` runs it, and so does CIFAR-10 in data/"
+    for item in items:
+        for name in reasons.keys() & {mark.name for mark in item.iter_markers()}:
+            item.add_marker(pytest.mark.skip(reason=reasons[name]))
 
 
 @pytest.fixture(autouse=True)

@@ -6,20 +6,13 @@ import pytest
 import torch
 from conftest import ROOT, run
 
-import data
 import utils
 from data import load_dataset
 from model import load_model
 
 DATA = ROOT / "data"
 RELEASED = sorted((ROOT / "checkpoints").glob("*.safetensors"))
-FOLDERS = (data.BINARY_FOLDER, "cifar-10-batches-py")
-pytestmark = [
-    pytest.mark.cifar10,
-    pytest.mark.skipif(
-        not any((DATA / name).is_dir() for name in FOLDERS), reason="CIFAR-10 is not in data/"
-    ),
-]
+pytestmark = pytest.mark.cifar10
 
 
 @pytest.fixture(scope="module")
