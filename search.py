@@ -61,6 +61,8 @@ from utils import (
 try:
     import ray
     from ray import cloudpickle, tune
+    from ray.air.execution._internal.actor_manager import RayActorManager
+    from ray.exceptions import OutOfMemoryError, RayActorError
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search import Searcher
 except ModuleNotFoundError as error:
@@ -513,10 +515,29 @@ def ray_started(search: Search) -> Iterator[None]:
             " `ray start --head`, or leave the option out; one that wants a token is joined with"
             " RAY_AUTH_MODE=token in the environment"
         ) from None
+    heed_memory_monitor()
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def heed_memory_monitor() -> None:
+    """Have Ray Tune record a trial that Ray killed before a machine ran out of memory as failed.
+
+    To Ray Tune (as of 2.60) a process that died is a RayActorError, which the error of the memory
+    monitor is not, and at any other error it ends the search.
+    """
+    failed = RayActorManager._actor_task_failed
+
+    def failed_as_died(
+        self: RayActorManager, tracked_actor_task: object, exception: Exception
+    ) -> None:
+        if isinstance(exception, OutOfMemoryError):
+            exception = RayActorError(error_msg=str(exception))
+        failed(self, tracked_actor_task, exception)
+
+    RayActorManager._actor_task_failed = failed_as_died
 
 
 def check_address(address: str) -> None:

@@ -27,14 +27,17 @@ OPTIONS = search.Search(
 FOLDER = Path("docs/search")
 
 
+def run(options: search.Search, preset: str) -> list[dict[str, object]]:
+    """Start a search or go on with it; returns the rows of its trials.csv."""
+    if (CHECKPOINTS / options.name).exists():
+        preset, options = search.load_search(search.Search(resume=options.name))
+    return search.run_search(options, preset)
+
+
 def main(_args: list[str]) -> None:
     """Search, or go on with it; copy what was found."""
     search.SPACE.update(NARROWED)
-    if (CHECKPOINTS / OPTIONS.name).exists():
-        preset, options = search.load_search(search.Search(resume=OPTIONS.name))
-    else:
-        preset, options = "tpsnet", OPTIONS
-    search.run_search(options, preset)
+    run(OPTIONS, "tpsnet")
     FOLDER.mkdir(exist_ok=True)
     for name in ("search.json", "trials.csv", "best.json"):
         shutil.copy(CHECKPOINTS / OPTIONS.name / name, FOLDER)

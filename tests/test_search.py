@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -321,3 +322,24 @@ def check_state_survives_damage(folder):
         search_script.keep_state(folder)  # does not replace the sound copy
         search_script.mend_state(folder)
         assert search_script.state_is_whole(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="does not say how much is free")
+def test_trial_that_ray_kills_for_its_memory_fails_alone(monkeypatch):
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+    total, free = kilobytes["MemTotal"], kilobytes["MemAvailable"]
+    if free < 8e6:
+        pytest.skip("less than 8 GB are free")
+    monkeypatch.setenv("RAY_memory_usage_threshold", f"{1 - (free - 3e6) / total:.3f}")
+    monkeypatch.setenv("GREEDY", "1")
+    line = f"demo --name tiny --num-samples 3 --epochs 1 --cpus-per-trial {os.cpu_count()}"
+    assert start(*line.split()).wait(120) == 0
+    assert [row["status"] for row in rows().values()] == ["failed", "finished", "finished"]
+    assert rows()[1]["error"].startswith("RayActorError: 1 worker(s) were killed")
+    monkeypatch.delenv("GREEDY")
+    for number in (1, 2):
+        Path(f"failed-{number}").touch()
+    assert start("--resume", "tiny").wait(120) == 0
+    assert [row["status"] for row in rows().values()] == ["finished"] * 3
