@@ -5,6 +5,7 @@
 Figures are made without pyplot, so no window system, global state or backend is touched.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -630,7 +631,8 @@ def main(_args: list[str]) -> None:
     architecture(ResNet(), "images/architecture.png", "TPSNet: [13, 13, 13] blocks, C1 = 16")
     logs = [read_csv(f"docs/{name}-validation.csv") for name in ("fast", "tpsnet")]
     accuracy_over_time(*logs, epochs=300, published=94.84, path="images/fast.png")
-    caption = "40 trials, 3 epochs of 2,000 images"
+    options = json.loads(Path("docs/search/search.json").read_text(encoding="utf-8"))
+    caption = "{num_samples} trials, {epochs} epochs of {train_size:,} images".format_map(options)
     effects(read_numbers("docs/search/trials.csv"), "images", caption)
 
 

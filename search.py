@@ -364,6 +364,7 @@ class Record(tune.Callback):
 
     def setup(self, **_: object) -> None:
         """Begin the bar of trials, shown where the output is a terminal; hear signals."""
+        print("trial  status    accuracy  epochs  params  blocks", flush=True)
         self.bar = tqdm(
             total=self.search.num_samples,
             desc="trials",
@@ -372,7 +373,6 @@ class Record(tune.Callback):
             dynamic_ncols=True,
             disable=None,
         )
-        print("trial  status    accuracy  epochs  params  blocks", flush=True)
         tune_stops = signal.getsignal(signal.SIGINT)  # Ray Tune saves its state and ends
 
         def stop(number: int, frame: object) -> None:

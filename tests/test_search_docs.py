@@ -1,0 +1,141 @@
+"""The search that the README tells of: its record, and what is concluded from it."""
+
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import utils
+
+pytest.importorskip("ray")
+import search as search_script
+from docs import answers, overhead, small_search, tpe
+from model import model_cost
+from train import PRESETS, load_config
+
+RECORD = ROOT / "docs" / "search"
+
+
+@pytest.fixture
+def space(monkeypatch):
+    """search.SPACE, to be changed."""
+    monkeypatch.setattr(search_script, "SPACE", dict(search_script.SPACE))
+    return search_script.SPACE
+
+
+@pytest.fixture
+def recorded():
+    return utils.read_numbers(RECORD / "trials.csv")
+
+
+def test_recorded_search_is_the_scripts(space, recorded):
+    space |= small_search.NARROWED
+    stored = json.loads((RECORD / "search.json").read_text())
+    assert stored.pop("space") == repr(space)
+    assert stored.pop("preset") == "tpsnet"
+    assert stored == asdict(small_search.OPTIONS)
+    # Drawn with the seed in search.json, as they would be today.
+    base = search_script.base_config(small_search.OPTIONS, "tpsnet")
+    samples = search_script.UnderBudget(search_script.RandomSearch(0), base, 0)
+    assert len(recorded) == small_search.OPTIONS.num_samples == 40
+    for row in recorded:
+        trial = samples.suggest(str(row["trial"]))
+        constants = trial["constants"]
+        assert (trial["number"], trial["num_params"]) == (row["trial"], row["num_params"])
+        assert (constants["lr"], constants["optimizer"]) == (row["lr"], row["optimizer"])
+        assert " ".join(map(str, constants["num_blocks"])) == str(row["num_blocks"])
+        assert row["status"] == "diverged" or row["epochs"] == small_search.OPTIONS.epochs
+
+
+def test_recorded_best_is_the_best_trial(recorded):
+    best = max(recorded, key=lambda row: row["val_accuracy"] or 0)
+    config = load_config(str(RECORD / "best.json"))
+    assert (config.lr, config.c1, config.batch_size) == (best["lr"], best["c1"], best["batch_size"])
+    assert model_cost(**config.architecture()).num_params == best["num_params"]
+
+
+def made(folder, num_trials=60, **effects):
+    """A record whose accuracies are `effects` per unit, above a parabola in the learning rate."""
+    rng = np.random.default_rng(1)
+    rows = []
+    for number in range(1, num_trials + 1):
+        stages, blocks = int(rng.integers(2, 5)), int(rng.integers(1, 8))
+        row = {
+            "trial": number, "num_stages": stages, "num_blocks": " ".join([str(blocks)] * stages),
+            "conv_kernel": " ".join("3" * stages), "skip_kernel": " ".join("1" * stages),
+            "pool_kernel": 32 // 2 ** (stages - 1), "c1": int(rng.integers(8, 21)), "width": 1,
+            "dropout": float(rng.choice([0, 0.1, 0.2, 0.3])),
+            "classifier_dropout": float(rng.choice([0, 0.1, 0.2, 0.3])),
+            "lr": 10 ** rng.uniform(-3, 0), "batch_size": 64, "num_params": 10_000, "macs": 10**7,
+            "optimizer": "sgd", "schedule": "cosine", "pooled_size": 1,
+        }  # fmt: skip
+        accuracy = 40 - 5 * (np.log10(row["lr"]) + 1.5) ** 2 + rng.normal(scale=0.1)
+        values = row | {"blocks": blocks, "odd": blocks % 2}
+        accuracy += sum(effect * values[name] for name, effect in effects.items())
+        rows.append(row | {"val_accuracy": accuracy, "early_accuracy": accuracy})
+    folder.mkdir(parents=True)
+    utils.write_csv(folder / "trials.csv", rows)
+    options = asdict(replace(small_search.OPTIONS, num_samples=num_trials))
+    utils.write_json(folder / "search.json", {"preset": "tpsnet", "space": "{}", **options})
+    return rows
+
+
+def test_answers_find_what_is_there():
+    made(answers.FOLDER, odd=3, blocks=1, dropout=-20)
+    lines = dict(line.split(": ", 1) for line in answers.answers())
+    odd = float(lines["odd blocks in all stages against the rest"].split()[0])
+    assert odd == pytest.approx(3, abs=1.5)
+    assert float(lines["dropout in blocks against none"].split()[0]) == pytest.approx(-4, abs=1.5)
+    low, high = interval(lines["dropout before the classifier against none"])
+    assert low < 0 < high
+    assert interval(lines["rank correlation with blocks per stage"])[0] > 0
+
+
+def interval(line):
+    """The two ends of the 95% interval that a line gives."""
+    inside = line.split("(")[1].split(";")[0]
+    low, high = inside.split(" to ")
+    return float(low), float(high)
+
+
+def test_answers_know_that_they_do_not_know():
+    made(answers.FOLDER)
+    for line in answers.answers()[:5]:
+        low, high = interval(line)
+        assert -0.5 < low < high < 0.5
+
+
+def test_longer_training_differs_in_its_epochs_alone():
+    rows = made(answers.FOLDER)
+    preset, options, best_first = answers.load()
+    assert best_first[0]["val_accuracy"] == max(row["val_accuracy"] for row in rows)
+    row = best_first[0]
+    config = answers.configuration(preset, options, row)
+    assert (config.epochs, config.schedule, config.val_size) == (16, "cosine", 1000)
+    assert (config.lr, config.c1, config.train_size) == (row["lr"], row["c1"], 2000)
+    assert config.restart_period == 8
+    assert len(config.num_blocks) == len(config.conv_kernel) == row["num_stages"]
+
+
+def test_overhead_is_measured_on_one_network(space):
+    space.clear()
+    space.update(overhead.ONE)
+    samples = search_script.UnderBudget(search_script.RandomSearch(0), PRESETS["demo"], 0)
+    first, second = (samples.suggest(name)["constants"] | {"name": ""} for name in "ab")
+    assert first == second
+
+
+def test_table_of_random_search_and_tpe(capsys):
+    rows = [
+        {"algorithm": a, "seed": s, "trials": t, "best_accuracy": best + s, "mean_accuracy": 50}
+        for a, best in (("random", 80), ("optuna", 81))
+        for s in (0, 1, 2)
+        for t in tpe.TRIALS
+    ]
+    rows[0]["best_accuracy"] = 90  # of random search with seed 0, after 10 trials
+    tpe.print_table(rows)
+    table = capsys.readouterr().out.splitlines()
+    assert table[2].startswith("| 10 | 84.3% ± 4.9 | 82.0% ± 1.0 | 50.0% ± 0.0 |")
+    assert [line.split("|")[-2].strip() for line in table[2:]] == ["2 of 3", "3 of 3", "3 of 3"]
