@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Polygon
 from matplotlib.ticker import MaxNLocator
 from torch import nn
@@ -31,6 +32,7 @@ MAX_PARAMS = 5_000_000  # the budget, drawn into the figures of a search
 MIN_TRIALS = 10  # for a figure to say anything
 MAX_LEVELS = 6  # of a choice that is drawn by its means, not as a trend
 LOGARITHMIC = ("lr",)
+ODD = ("none", "some", "all")  # of the stages have an odd number of blocks
 # What a search chooses, from trials.csv and `with_derived`.
 CHOICES = {
     "lr": "learning rate",
@@ -275,7 +277,7 @@ def with_derived(row: dict[str, object]) -> dict[str, object]:
     odd = [n % 2 for n in lists["num_blocks"]]
     return row | {
         "mean_blocks": np.mean(lists["num_blocks"]),
-        "odd": {0: "none", len(odd): "all"}.get(sum(odd), "some"),
+        "odd": ODD[any(odd) + all(odd)],
         "mean_conv_kernel": np.mean(lists["conv_kernel"]),
         "mean_skip_kernel": np.mean(lists["skip_kernel"]),
     }
@@ -287,7 +289,8 @@ def blocks_and_channels(rows: list[dict[str, object]], path: str | Path, caption
     figure = Figure(figsize=(10, 4), layout="constrained")
     figure.suptitle(f"Validation accuracy over depth and width; {caption}", fontsize=11)
     accuracy = [row["early_accuracy"] for row in rows]
-    depths, widest = range(1, 17), max(row["c1"] for row in rows)
+    widest, deepest = (max(row[name] for row in rows) for name in ("c1", "mean_blocks"))
+    depths = range(1, int(deepest) + 2)
     for axes, number in zip(
         figure.subplots(1, len(stages), sharey=True, squeeze=False)[0], stages, strict=True
     ):
@@ -305,7 +308,8 @@ def blocks_and_channels(rows: list[dict[str, object]], path: str | Path, caption
                 marker="os"[width - 1], s=45, cmap="viridis", edgecolor="black", linewidth=0.4,
                 vmin=min(accuracy), vmax=max(accuracy), label=f"width {width}",
             )  # fmt: skip
-        axes.set(xlabel="C1", title=f"{number} stages", xlim=(0, 1.1 * widest), ylim=(0, 17))
+        axes.set(xlabel="C1", title=f"{number} stages")
+        axes.set(xlim=(0, 1.1 * widest), ylim=(0, 1.1 * deepest), axisbelow=True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
     figure.axes[0].set(ylabel="blocks per stage (mean)")
@@ -339,7 +343,7 @@ def hyperparameters(rows: list[dict[str, object]], path: str | Path, caption: st
     for axes, (name, label) in zip(figure.axes, shown.items(), strict=False):
         axes.set_visible(True)
         values = [row[name] for row in rows]
-        levels = sorted(set(values))
+        levels = sorted(set(values), key=ODD.index if name == "odd" else None)
         if len(levels) > MAX_LEVELS:
             draw_trend(axes, np.array(values, dtype=float), accuracy, rng, log=name in LOGARITHMIC)
         else:
@@ -350,6 +354,13 @@ def hyperparameters(rows: list[dict[str, object]], path: str | Path, caption: st
         axes.grid(alpha=0.3)
     for axes in figure.axes[::4]:
         axes.set_ylabel("accuracy, %", fontsize=9)
+    figure.legend(
+        handles=[
+            Line2D([], [], color=BLUE, marker="o", linestyle="", label="a trial"),
+            Line2D([], [], color=ORANGE, label="mean or trend, with its 95% interval"),
+        ],
+        loc="outside lower center", ncols=2, frameon=False,
+    )  # fmt: skip
     save(figure, path)
 
 
