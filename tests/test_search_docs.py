@@ -56,6 +56,15 @@ def test_recorded_best_is_the_best_trial(recorded):
     assert model_cost(**config.architecture()).num_params == best["num_params"]
 
 
+def test_readme_gives_the_answers(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    lines = answers.answers()
+    assert len(lines) == 8
+    for line in lines:
+        assert line.split(": ")[1] in readme
+
+
 def made(folder, num_trials=60, **effects):
     """A record whose accuracies are `effects` per unit, above a parabola in the learning rate."""
     rng = np.random.default_rng(1)
