@@ -20,6 +20,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(benchmark, "matmul_peak", lambda dtype, device: 1e11)
 
 
+@pytest.mark.slow
 def test_both_are_measured_in_processes_of_their_own(quick, capsys):
     result = benchmark.benchmark("demo", batch_size=32, json="result.json")
     assert json.loads(Path("result.json").read_text())["macs"] == result["macs"] > 1e6

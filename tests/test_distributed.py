@@ -82,6 +82,7 @@ def child(launcher, rank):
     raise LookupError(rank)
 
 
+@pytest.mark.slow
 def test_killed_process_ends_the_job_which_goes_on_with_as_many_or_one(whole, monkeypatch):
     process = subprocess.Popen(
         command(*LINE, launcher=TORCHRUN),
