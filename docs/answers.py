@@ -9,6 +9,7 @@ is not trained again, what was cut off goes on.
 """
 
 import json
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,11 +24,11 @@ from utils import InputError
 
 FOLDER = Path("docs/search")
 EVERY, LONGER = 5, 4
-DROPOUT = [share for share in search.SPACE["dropout"] if share]
-DRAWS = 10_000  # of a bootstrap
+DRAWS = 2000  # of a bootstrap
+Row = dict[str, object]
 
 
-def load() -> tuple[str, search.Search, list[dict[str, object]]]:
+def load() -> tuple[str, search.Search, list[Row]]:
     """The search's preset and options, and its trials with an accuracy, the highest first."""
     options = json.loads((FOLDER / "search.json").read_text(encoding="utf-8"))
     preset, _ = options.pop("preset"), options.pop("space")
@@ -36,7 +37,7 @@ def load() -> tuple[str, search.Search, list[dict[str, object]]]:
     return preset, search.Search(**options), sorted(rows, key=lambda r: -r["early_accuracy"])
 
 
-def configuration(preset: str, options: search.Search, row: dict[str, object]) -> Config:
+def configuration(preset: str, options: search.Search, row: Row) -> Config:
     """How a trial was trained, but for LONGER times the epochs."""
     options = replace(options, epochs=LONGER * options.epochs)
     drawn = {name: row[name] for name in search.SPACE if name not in search.SHAPE}
@@ -66,10 +67,10 @@ def train_longer() -> None:
         utils.write_csv(FOLDER / "longer.csv", found)
 
 
-def at_equal_rate(rows: list[dict[str, object]]) -> np.ndarray:
+def at_equal_rate(rows: list[Row]) -> np.ndarray:
     """Accuracies less what the learning rate explains: a parabola in its logarithm per optimizer.
 
-    The rate decides most and each optimizer has its own best one. The mean is put back.
+    The rate decides much, and each optimizer has its own best one. The mean is put back.
     """
     accuracy = np.array([row["early_accuracy"] for row in rows])
     rest = accuracy.copy()
@@ -80,66 +81,67 @@ def at_equal_rate(rows: list[dict[str, object]]) -> np.ndarray:
     return rest + accuracy.mean()
 
 
-def difference(a: np.ndarray, b: np.ndarray) -> str:
-    """Difference of two means, with its 95% interval by bootstrap."""
-    rng = np.random.default_rng(0)
-    drawn = [rng.choice(x, (DRAWS, len(x))).mean(axis=1) for x in (a, b)]
-    low, high = np.percentile(drawn[0] - drawn[1], [2.5, 97.5])
-    return (
-        f"{a.mean() - b.mean():+.1f} points ({low:+.1f} to {high:+.1f}; {len(a)} trials"
-        f" against {len(b)})"
-    )
+def difference(rows: list[Row], name: str, ones: Collection, others: Collection) -> str:
+    """Mean of the trials with one of some values less that of those with one of others."""
+
+    def statistic(rows: list[Row]) -> float:
+        rest = at_equal_rate(rows)
+        means = [rest[[row[name] in values for row in rows]].mean() for values in (ones, others)]
+        return means[0] - means[1]
+
+    found, low, high = with_interval(statistic, rows)
+    a, b = (sum(row[name] in values for row in rows) for values in (ones, others))
+    return f"{found:+.1f} points ({low:+.1f} to {high:+.1f}; {a} trials against {b})"
 
 
-def rank_correlation(x: np.ndarray, y: np.ndarray) -> str:
-    """Spearman's coefficient, with its 95% interval by bootstrap."""
+def rank_correlation(
+    rows: list[Row],
+    x: Callable[[Row], float],
+    y: Callable[[list[Row]], np.ndarray] = at_equal_rate,
+) -> str:
+    """Spearman's coefficient."""
     from scipy.stats import spearmanr
 
+    def statistic(rows: list[Row]) -> float:
+        return spearmanr([x(row) for row in rows], y(rows)).statistic
+
+    found, low, high = with_interval(statistic, rows)
+    return f"{found:+.2f} ({low:+.2f} to {high:+.2f}; {len(rows)} trials)"
+
+
+def with_interval(
+    statistic: Callable[[list[Row]], float], rows: list[Row]
+) -> tuple[float, float, float]:
+    """A statistic of the trials, and its 95% interval by bootstrap."""
     rng = np.random.default_rng(0)
-    drawn = []
-    for _ in range(DRAWS // 10):
-        chosen = rng.integers(0, len(x), len(x))
-        if len(set(x[chosen])) > 1 and len(set(y[chosen])) > 1:
-            drawn.append(spearmanr(x[chosen], y[chosen]).statistic)
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return f"{spearmanr(x, y).statistic:+.2f} ({low:+.2f} to {high:+.2f}; {len(x)} trials)"
+    draws = rng.integers(0, len(rows), (DRAWS, len(rows)))
+    drawn = [statistic([rows[i] for i in draw]) for draw in draws if len(set(draw)) > 2]
+    return statistic(rows), *np.percentile(drawn, [2.5, 97.5])
 
 
 def answers() -> list[str]:
     """A line per question."""
     _, _, rows = load()
-    rest = at_equal_rate(rows)
-
-    def where(name: str, *values: object) -> np.ndarray:
-        return rest[[row[name] in values for row in rows]]
-
-    def column(name: str) -> np.ndarray:
-        return np.array([row[name] for row in rows], dtype=float)
-
-    pairs = {
-        "3 stages against 2": (where("num_stages", 3), where("num_stages", 2)),
-        "3 stages against 4": (where("num_stages", 3), where("num_stages", 4)),
-        "odd blocks in all stages against the rest": (
-            where("odd", "all"),
-            where("odd", "some", "none"),
-        ),
-        "dropout in blocks against none": (where("dropout", *DROPOUT), where("dropout", 0)),
-        "dropout before the classifier against none": (
-            where("classifier_dropout", *DROPOUT),
-            where("classifier_dropout", 0),
-        ),
+    drops = [share for share in search.SPACE["dropout"] if share]
+    questions = {
+        "3 stages against 2": ("num_stages", [3], [2]),
+        "3 stages against 4": ("num_stages", [3], [4]),
+        "odd blocks in all stages against the rest": ("odd", ["all"], ["some", "none"]),
+        "dropout in blocks against none": ("dropout", drops, [0]),
+        "dropout before the classifier against none": ("classifier_dropout", drops, [0]),
     }
-    lines = [f"{question}: {difference(*pair)}" for question, pair in pairs.items()]
-    channels = column("c1") * column("width")
-    depth, width = rank_correlation(column("mean_blocks"), rest), rank_correlation(channels, rest)
+    lines = [f"{asked}: {difference(rows, *what)}" for asked, what in questions.items()]
+    depth = rank_correlation(rows, lambda row: row["mean_blocks"])
+    width = rank_correlation(rows, lambda row: row["c1"] * row["width"])
     lines.append(f"rank correlation with blocks per stage: {depth}")
     lines.append(f"rank correlation with channels of the first stage: {width}")
     if (FOLDER / "longer.csv").exists():
-        longer = utils.read_numbers(FOLDER / "longer.csv")
-        pairs = [
-            np.array([row[f"{name}_accuracy"] for row in longer]) for name in ("short", "long")
-        ]
-        lines.append(f"rank correlation of short and longer training: {rank_correlation(*pairs)}")
+        both = rank_correlation(
+            utils.read_numbers(FOLDER / "longer.csv"),
+            lambda row: row["short_accuracy"],
+            lambda rows: np.array([row["long_accuracy"] for row in rows]),
+        )
+        lines.append(f"rank correlation of short and longer training: {both}")
     return lines
 
 
