@@ -1,6 +1,6 @@
 """The search that the README tells of: 40 networks, small enough for two CPU cores.
 
-    python -m docs.small_search    # about an hour on two cores; goes on where it was cut off
+    python -m docs.small_search    # 40 minutes on two cores; goes on where it was cut off
 
 All trials are trained for the same epochs, none is stopped early, so that any two can be compared.
 What was found is copied to docs/search, from which plots.py and docs/answers.py read it.

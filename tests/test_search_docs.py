@@ -148,3 +148,10 @@ def test_table_of_random_search_and_tpe(capsys):
     table = capsys.readouterr().out.splitlines()
     assert table[2].startswith("| 10 | 84.3% ± 4.9 | 82.0% ± 1.0 | 50.0% ± 0.0 |")
     assert [line.split("|")[-2].strip() for line in table[2:]] == ["2 of 3", "3 of 3", "3 of 3"]
+
+
+def test_readme_gives_the_table(capsys):
+    rows = utils.read_numbers(ROOT / "docs" / "tpe.csv")
+    assert len(rows) == len(tpe.SEEDS) * len(tpe.TRIALS) * len(tpe.ALGORITHMS)
+    tpe.print_table(rows)
+    assert capsys.readouterr().out in (ROOT / "README.md").read_text(encoding="utf-8")
