@@ -801,7 +801,8 @@ def finish(search: Search) -> list[dict[str, object]]:
         )
         print(f"next: python train.py --config {(folder / 'best.json').as_posix()} --epochs 300")
     images = f" of {search.train_size:,} images" if search.train_size else ""
-    plots.effects(rows, folder, f"{len(rows)} trials, {search.grace_period} epochs{images}")
+    if not plots.effects(rows, folder, f"{len(rows)} trials, {search.grace_period} epochs{images}"):
+        print(f"no figures: they take {plots.MIN_TRIALS} trials with an accuracy")
     return rows
 
 

@@ -301,6 +301,7 @@ def test_search_on_two_nodes_outlives_a_kill_and_a_signal(monkeypatch):
             assert row == before[trial]  # what had ended was not repeated
     best = max(after.values(), key=lambda row: row["val_accuracy"])
     assert f"best: trial {best['trial']}, {best['val_accuracy']:.2f}% of 200" in output
+    assert "no figures: they take 10 trials" in output
     config = load_config("checkpoints/tiny/best.json")
     check_config(config)
     assert (config.lr, config.val_size, config.name) == (best["lr"], 0, "tiny-best")
