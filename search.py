@@ -14,6 +14,7 @@ figures, a folder with config.json and log.csv per trial, and Ray Tune's own sta
 """
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -522,6 +523,7 @@ def ray_started(search: Search) -> Iterator[None]:
         ray.shutdown()
 
 
+@functools.cache  # once for all searches of a process
 def heed_memory_monitor() -> None:
     """Have Ray Tune record a trial that Ray killed before a machine ran out of memory as failed.
 

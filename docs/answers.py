@@ -11,7 +11,6 @@ is not trained again, what was cut off goes on.
 import json
 from collections.abc import Callable, Collection
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
@@ -19,10 +18,10 @@ import plots
 import search
 import utils
 from data import load_dataset
+from docs.small_search import FOLDER
 from train import CHECKPOINTS, Config, has_state, train
 from utils import InputError
 
-FOLDER = Path("docs/search")
 EVERY, LONGER = 5, 4
 DRAWS = 2000  # of a bootstrap
 Row = dict[str, object]

@@ -94,7 +94,7 @@ def test_killed_process_ends_the_job_which_goes_on_with_as_many_or_one(whole, mo
         if line.startswith("epoch 1/2"):
             break
     state = Path("checkpoints/demo/last.pt")
-    while not utils.read_state(state)["step"]:  # until the next epoch has begun
+    while not utils.load_state(state)["step"]:  # until the next epoch has begun
         time.sleep(0.01)
     os.kill(child(process.pid, rank=1), signal.SIGKILL)
     start = time.monotonic()
