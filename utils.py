@@ -184,7 +184,7 @@ def atomic_path(path: str | Path, keep: Path | None = None) -> Iterator[Path]:
     Whatever happens, `path` holds all of its old content or all of its new.
 
     Args:
-        keep: where the old content goes instead of being lost.
+        keep: where the old content goes instead of being lost; for a moment it is only there.
 
     Raises:
         InputError: the folder cannot be written, or is full.
