@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 from conftest import ROOT, run_main
@@ -325,9 +326,17 @@ def check_state_survives_damage(folder):
         assert search_script.state_is_whole(folder)
 
 
+@pytest.fixture
+def memory_to_itself(tmp_path_factory):
+    """Waits until no other run of these tests on this machine fills its memory."""
+    runs = tmp_path_factory.getbasetemp().parent  # of pytest, one folder each
+    with filelock.FileLock(runs / "memory.lock", timeout=300):
+        yield
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="does not say how much is free")
-def test_trial_that_ray_kills_for_its_memory_fails_alone(monkeypatch):
+def test_trial_that_ray_kills_for_its_memory_fails_alone(memory_to_itself, monkeypatch):
     lines = Path("/proc/meminfo").read_text().splitlines()
     kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
     total, free = kilobytes["MemTotal"], kilobytes["MemAvailable"]
