@@ -95,6 +95,7 @@ class Fork:
 
     def __init__(self, config: train.Config, fatal: int = 0) -> None:
         self.output = Path("output.txt")
+        sys.stdout.flush()  # or the fork would print it again
         self.pid = os.fork()
         if self.pid:
             return
