@@ -1,15 +1,7 @@
-"""CIFAR-10 and scikit-learn's digits: whole in memory as uint8, augmented on the training device.
-
-There are no worker processes: a batch is one gather from a tensor that is already there. Which
-images a batch holds and how each is augmented is a pure function of (seed, epoch, step), so a
-run can stop and go on anywhere, on any number of processes.
-"""
+"""CIFAR-10 and scikit-learn's digits: loaded whole as uint8, checked, and split."""
 
 import contextlib
 import hashlib
-import itertools
-import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from utils import IMAGE_SIZE, InputError, first_line, generator, warn
+from utils import IMAGE_SIZE, InputError, first_line, warn
 
 # Class names, and per channel the mean and std of all pixels of the training images, scaled to
 # [0, 1]. The CIFAR-10 std that is copied everywhere, (0.2023, 0.1994, 0.2010), is not that: it is
@@ -44,36 +36,6 @@ BINARY_SHA1 = {  # of the official files
 }
 IMAGES_PER_FILE = 10_000
 RECORD_BYTES = 1 + 3 * IMAGE_SIZE**2  # label, then the red, green and blue planes
-
-# AutoAugment's policy for CIFAR-10: pairs of operations, each with the probability that it is
-# applied and a level from 0 to 9, which means nothing to some.
-AUTO_AUGMENT = (
-    (("invert", 0.1, 0), ("contrast", 0.2, 6)),
-    (("rotate", 0.7, 2), ("translate_x", 0.3, 9)),
-    (("sharpness", 0.8, 1), ("sharpness", 0.9, 3)),
-    (("shear_y", 0.5, 8), ("translate_y", 0.7, 9)),
-    (("autocontrast", 0.5, 0), ("equalize", 0.9, 0)),
-    (("shear_y", 0.2, 7), ("posterize", 0.3, 7)),
-    (("color", 0.4, 3), ("brightness", 0.6, 7)),
-    (("sharpness", 0.3, 9), ("brightness", 0.7, 9)),
-    (("equalize", 0.6, 0), ("equalize", 0.5, 0)),
-    (("contrast", 0.6, 7), ("sharpness", 0.6, 5)),
-    (("color", 0.7, 7), ("translate_x", 0.5, 8)),
-    (("equalize", 0.3, 0), ("autocontrast", 0.4, 0)),
-    (("translate_y", 0.4, 3), ("sharpness", 0.2, 6)),
-    (("brightness", 0.9, 6), ("color", 0.2, 8)),
-    (("solarize", 0.5, 2), ("invert", 0.0, 0)),
-    (("equalize", 0.2, 0), ("autocontrast", 0.6, 0)),
-    (("equalize", 0.2, 0), ("equalize", 0.6, 0)),
-    (("color", 0.9, 9), ("equalize", 0.6, 0)),
-    (("autocontrast", 0.8, 0), ("solarize", 0.2, 8)),
-    (("brightness", 0.1, 3), ("color", 0.7, 0)),
-    (("solarize", 0.4, 5), ("autocontrast", 0.9, 0)),
-    (("translate_y", 0.9, 9), ("translate_y", 0.7, 9)),
-    (("autocontrast", 0.9, 0), ("solarize", 0.8, 3)),
-    (("equalize", 0.8, 0), ("invert", 0.1, 0)),
-    (("translate_y", 0.7, 9), ("autocontrast", 0.9, 0)),
-)
 
 SPLIT_SEED = 0  # of the validation and digits splits: the same for every run, so runs compare
 
@@ -329,187 +291,3 @@ def fingerprint(*splits: Split) -> str:
         digest.update(split.images.numpy())
         digest.update(split.labels.to(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-# ---------------------------------------------------------------- augmentation and batches
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """AutoAugment, random crop, rotation, horizontal flip and Cutout, drawn per image."""
-
-    crop_padding: int  # pixels added on each side before cropping back to 32x32
-    padding: str  # `zeros`, or `reflect`: the image mirrored at its border
-    rotation: float  # degrees, either way
-    flip: str  # `none`, `random` or `alternating`
-    cutout: int  # side of the square that is greyed out, in pixels; 0 for none
-    auto: bool = False  # whether AutoAugment comes first
-
-    def draw(self, indices: Tensor, seed: int, epoch: int) -> tuple[Tensor, ...]:
-        """Shifts (N, 2), angles (N,), flips (N,) and Cutout's corners (N, 2) of `indices`.
-
-        Alternating flips mirror a random half of the images in the first epoch, the other half in
-        the second, and so on: two epochs show every image both ways (Jordan, arXiv:2404.00498).
-        """
-        rng, n = generator("augmentation", seed, epoch), len(indices)
-        low, high = -self.crop_padding, self.crop_padding + 1
-        shift = torch.randint(low, high, (n, 2), generator=rng)
-        angle = (2 * torch.rand(n, generator=rng) - 1) * self.rotation
-        flip = torch.rand(n, generator=rng) < 0.5 * (self.flip == "random")
-        if self.flip == "alternating":
-            first = torch.rand(n, generator=generator("flip", seed)) < 0.5  # of each image
-            flip = first[indices] ^ (epoch % 2 == 0)
-        corner = torch.randint(0, IMAGE_SIZE - self.cutout + 1, (n, 2), generator=rng)
-        return shift, angle, flip, corner
-
-
-def augment(
-    images: Tensor, shift: Tensor, angle: Tensor, flip: Tensor, padding: str = "zeros"
-) -> Tensor:
-    """Crop, then rotate, then flip, each image its own way: one gather for the whole batch.
-
-    Equal to torchvision's crop after padding, rotate (nearest pixel, zero fill) and
-    horizontal_flip: every output pixel is traced back through the three to its source.
-
-    Args:
-        images: (N, C, S, S) uint8.
-        shift: (N, 2) whole pixels: the crop's first row and column, counted from the image's.
-        angle: (N,) degrees, counter-clockwise.
-        flip: (N,) bool.
-        padding: what a crop finds outside the image: `zeros`, or `reflect`, its mirror image.
-    """
-    n, channels, size, _ = images.shape
-    center = (size - 1) / 2
-    offset = torch.arange(size, device=images.device) - center  # pixels from the center
-    y = offset[None, :, None]  # (1, S, 1)
-    x = offset[None, None, :] * torch.where(flip, -1.0, 1.0)[:, None, None]  # (N, 1, S)
-    radians = angle.deg2rad()[:, None, None]
-    sin, cos = radians.sin(), radians.cos()
-    row = (y * cos + x * sin + center).round().long()  # (N, S, S), in the cropped image
-    column = (x * cos - y * sin + center).round().long()
-    inside = (row >= 0) & (row < size) & (column >= 0) & (column < size)
-    row, column = row + shift[:, 0, None, None], column + shift[:, 1, None, None]
-    if padding == "reflect":
-        last = size - 1
-        row = (last - (last - row.abs()).abs()).clamp_(0)
-        column = (last - (last - column.abs()).abs()).clamp_(0)
-    else:
-        inside &= (row >= 0) & (row < size) & (column >= 0) & (column < size)
-
-    source = (row * size + column) * inside  # pixel 0 stands in for those outside
-    source = source.view(n, 1, -1).expand(-1, channels, -1)
-    pixels = images.reshape(n, channels, -1).gather(2, source).view_as(images)
-    return pixels * inside[:, None]
-
-
-def cut_out(images: Tensor, corner: Tensor, size: int) -> Tensor:
-    """Set a square of each image to the mean, 0 (DeVries & Taylor, arXiv:1708.04552).
-
-    Args:
-        images: (N, C, S, S) normalised.
-        corner: (N, 2) the square's first row and column.
-        size: its side, in pixels.
-    """
-    place = torch.arange(images.shape[-1], device=images.device)
-    inside = (place >= corner[:, :, None]) & (place < corner[:, :, None] + size)  # (N, 2, S)
-    square = inside[:, 0, :, None] & inside[:, 1, None, :]  # (N, S, S)
-    return images.masked_fill(square[:, None], 0)
-
-
-def auto_augment(images: Tensor, pair: Tensor, chance: Tensor, side: Tensor) -> Tensor:
-    """One of 25 pairs of operations on each image: AutoAugment (Cubuk et al., arXiv:1805.09501).
-
-    torchvision's transform draws once for all images that it is given. Here each image has a draw
-    of its own, and those that share it are changed together: 100 calls for any number of images.
-
-    Args:
-        images: (N, 3, S, S) uint8.
-        pair: (N,) indices into AUTO_AUGMENT, on the CPU.
-        chance: (N, 2) from 0 to 1: an operation is left out if its probability is smaller.
-        side: (N, 2) from 0 to 1: up to 0.5, an operation that has a direction goes the other way.
-    """
-    operations, images = auto_operations(), images.clone()
-    for i, j, sign in itertools.product(range(len(AUTO_AUGMENT)), range(2), (-1, 1)):
-        name, probability, level = AUTO_AUGMENT[i][j]
-        chosen = (pair == i) & (chance[:, j] <= probability) & ((side[:, j] <= 0.5) == (sign < 0))
-        chosen = chosen.nonzero().flatten().to(images.device)
-        if len(chosen):
-            images[chosen] = operations[name](images[chosen], level, sign)
-    return images
-
-
-def draw_pairs(num_images: int, seed: int, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What `auto_augment` does to each image of an epoch."""
-    rng = generator("auto_augment", seed, epoch)
-    pair = torch.randint(len(AUTO_AUGMENT), (num_images,), generator=rng)
-    chance, side = torch.rand(2, num_images, 2, generator=rng)
-    return pair, chance, side
-
-
-def auto_operations() -> dict[str, Callable[[Tensor, int, int], Tensor]]:
-    """AutoAugment's operations on (N, 3, S, S) images, with a level of 0 to 9 and a sign."""
-    from torchvision.transforms.v2 import functional as v2
-
-    far = 150 / 331 * IMAGE_SIZE  # pixels: 150 of ImageNet's, in the paper
-
-    def affine(x: Tensor, right: float = 0, down: float = 0, shear: float = 0) -> Tensor:
-        degrees = [0, math.degrees(math.atan(shear))]
-        return v2.affine(x, 0, [int(right), int(down)], 1, degrees, center=[0, 0])
-
-    def at(level: int, most: float) -> float:
-        return torch.linspace(0, most, 10)[level].item()  # in float32, as torchvision has it
-
-    return {
-        "shear_y": lambda x, level, sign: affine(x, shear=sign * at(level, 0.3)),
-        "translate_x": lambda x, level, sign: affine(x, right=sign * at(level, far)),
-        "translate_y": lambda x, level, sign: affine(x, down=sign * at(level, far)),
-        "rotate": lambda x, level, sign: v2.rotate(x, sign * at(level, 30)),
-        "brightness": lambda x, level, sign: v2.adjust_brightness(x, 1 + sign * at(level, 0.9)),
-        "color": lambda x, level, sign: v2.adjust_saturation(x, 1 + sign * at(level, 0.9)),
-        "contrast": lambda x, level, sign: v2.adjust_contrast(x, 1 + sign * at(level, 0.9)),
-        "sharpness": lambda x, level, sign: v2.adjust_sharpness(x, 1 + sign * at(level, 0.9)),
-        "posterize": lambda x, level, _: v2.posterize(x, 8 - round(at(level, 4))),
-        "solarize": lambda x, level, _: v2.solarize(x, 255 * (1 - at(level, 1))),
-        "autocontrast": lambda x, *_: v2.autocontrast(x),
-        "equalize": lambda x, *_: v2.equalize(x),
-        "invert": lambda x, *_: v2.invert(x),
-    }
-
-
-def train_batches(
-    data: Dataset,
-    augmentation: Augmentation,
-    batch_size: int,
-    seed: int,
-    epoch: int,
-    rank: int = 0,
-    world_size: int = 1,
-    size: int = IMAGE_SIZE,
-    done: int = 0,
-) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Augmented, normalised images, labels and global size of an epoch's batches, on the device.
-
-    Process `rank` gets every `world_size`-th image of each global batch, augmented as it would be
-    in one process. The last batch holds what is left over. Only the central `size` pixels of the
-    images' sides are given out. The first `done` batches are left out.
-    """
-    num_images, device = len(data.train), data.train.labels.device
-    train = data.train
-    if augmentation.auto:  # on the whole epoch: its calls are many, for any number of images
-        changed = auto_augment(train.images, *draw_pairs(num_images, seed, epoch))
-        train = replace(train, images=changed)
-    order = torch.randperm(num_images, generator=generator("order", seed, epoch))
-    draws = augmentation.draw(order, seed, epoch)
-    # All that an epoch draws goes to the device at once: no step waits for a transfer.
-    order, *draws = (tensor.to(device) for tensor in (order, *draws))
-    margin = (IMAGE_SIZE - size) // 2
-    center = slice(margin, margin + size)
-    for start in range(done * batch_size, num_images, batch_size):
-        stop = min(start + batch_size, num_images)
-        share = slice(start + rank, stop, world_size)
-        batch = train[order[share]]
-        *crop, corner = (draw[share] for draw in draws)
-        images = data.normalize(augment(batch.images, *crop, augmentation.padding))
-        if augmentation.cutout:
-            images = cut_out(images, corner, augmentation.cutout)
-        yield images[:, :, center, center], batch.labels, stop - start

@@ -11,13 +11,13 @@ import pytest
 
 import data
 import utils
-from train import PRESETS
+from config import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 HAS_CIFAR10 = any(
     (ROOT / "data" / name).is_dir() for name in (data.BINARY_FOLDER, "cifar-10-batches-py")
 )
-TINY = replace(PRESETS["demo"], name="tiny", epochs=3, limit_steps=3, wandb="disabled")
+TINY = replace(PRESETS["demo"], name="tiny", epochs=3, max_steps_per_epoch=3, wandb="disabled")
 
 
 def pytest_collection_modifyitems(config, items):

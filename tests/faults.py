@@ -36,36 +36,38 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import checkpoint  # noqa: E402
 import train  # noqa: E402
 import utils  # noqa: E402
-from model import load_model  # noqa: E402
+from checkpoint import load_model  # noqa: E402
+from config import CHECKPOINTS, PRESETS, Config  # noqa: E402
 
 TINY = replace(
-    train.PRESETS["demo"],
+    PRESETS["demo"],
     name="run",
     c1=2,
     epochs=2,
     batch_size=16,
-    limit_steps=6,
+    max_steps_per_epoch=6,
     dropout=0.2,
     val_size=50,
-    save_every=0.0,  # after each step: most kills meet a save
+    save_minutes=0.0,  # after each step: most kills meet a save
     wandb="disabled",
 )
 FAST = {
-    name: getattr(train.PRESETS["fast"], name)
+    name: getattr(PRESETS["fast"], name)
     for name in (
-        "stem c1 downsample pool_kernel padding optimizer lr momentum adam_lr label_smoothing"
-        " schedule keep small_share"
+        "stem c1 downsample pool_kernel padding_mode optimizer lr momentum adam_lr label_smoothing"
+        " schedule keep_fraction small_fraction"
     ).split()
 } | {"width": 1}
 RECIPES = [
     TINY,
-    replace(TINY, schedule="cosine_restarts", restart_period=1, save_every=0.001),
+    replace(TINY, schedule="cosine_restarts", restart_epochs=1, save_minutes=0.001),
     replace(TINY, **FAST),
-    replace(TINY, zero_gamma=True, nesterov=True, warmup=0.5, asam=0.5, ema=0.9, cutout=8),
+    replace(TINY, nesterov=True, warmup_epochs=1, ema_decay=0.9, cutout_size=8),
 ]
-FILES = ("last.pt", utils.PREVIOUS, "model.safetensors")
+FILES = ("last.pt", checkpoint.PREVIOUS, "model.safetensors")
 
 
 def main() -> int:
@@ -93,7 +95,7 @@ def main() -> int:
 class Fork:
     """A training in a process of its own, killed before its `fatal`-th access to its folder."""
 
-    def __init__(self, config: train.Config, fatal: int = 0) -> None:
+    def __init__(self, config: Config, fatal: int = 0) -> None:
         self.output = Path("output.txt")
         sys.stdout.flush()  # or the fork would print it again
         self.pid = os.fork()
@@ -132,7 +134,7 @@ class Fork:
 
 def count_accesses(name: str, fatal: int) -> list[int]:
     """Count openings, renamings and removals below the run folder; the `fatal`-th one kills."""
-    count, folder = [0], str(train.CHECKPOINTS / name)
+    count, folder = [0], str(CHECKPOINTS / name)
 
     def hook(event: str, args: tuple) -> None:
         if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"):
@@ -149,23 +151,23 @@ def count_accesses(name: str, fatal: int) -> list[int]:
 class Whole:
     """An unbroken training, and what it left."""
 
-    def __init__(self, config: train.Config) -> None:
+    def __init__(self, config: Config) -> None:
         start = time.perf_counter()
         fork = Fork(config)
         assert fork.wait() == 0, fork.lines
         self.config, self.seconds = config, time.perf_counter() - start
         self.accesses, self.result = int(Path("accesses").read_text()), result(config)
-        shutil.rmtree(train.CHECKPOINTS / config.name)
+        shutil.rmtree(CHECKPOINTS / config.name)
 
 
-def result(config: train.Config) -> dict[str, str]:
+def result(config: Config) -> dict[str, str]:
     """Digests of what a finished run left, without its times."""
-    folder = train.CHECKPOINTS / config.name
+    folder = CHECKPOINTS / config.name
     assert not list(folder.glob(f"{utils.TEMPORARY}*"))
-    state = utils.read_state(folder / "last.pt")
+    state = checkpoint.read_state(folder / "last.pt")
     model = load_digestible(folder / "model.safetensors")
     log = utils.read_csv(folder / "log.csv")
-    for row in (*log, *state["log"]):
+    for row in (*log, *state["metrics"]["log"]):
         del row["seconds"]
     return {"state": digest(state), "model": digest(model), "log": digest(log)}
 
@@ -225,15 +227,15 @@ def killed(one: Whole, rng: random.Random) -> bool:
     return Fork(config, fatal=rng.randint(1, one.accesses)).wait() == -signal.SIGKILL
 
 
-def has_state(config: train.Config) -> bool:
+def has_state(config: Config) -> bool:
     """Whether there is something to resume."""
-    return train.has_state(train.CHECKPOINTS / config.name)
+    return checkpoint.has_state(CHECKPOINTS / config.name)
 
 
 def is_silent(fork: Fork) -> bool:
     """Whether it printed nothing but what a training prints, or that it used previous.pt."""
     unusual = [line for line in fork.lines if line.startswith(("error", "warning", "Traceback"))]
-    return all(line.startswith("warning: ") and utils.PREVIOUS in line for line in unusual)
+    return all(line.startswith("warning: ") and checkpoint.PREVIOUS in line for line in unusual)
 
 
 # ---------------------------------------------------------------- corruptions
@@ -248,7 +250,7 @@ def corrupt_all(whole: list[Whole], number: int, rng: random.Random) -> int:
         shutil.rmtree("checkpoints", ignore_errors=True)
         shutil.copytree(broken[trial % len(whole)], "checkpoints")
         names = rng.choice([FILES[:1], FILES[:2], FILES[2:], FILES[2:]])
-        paths = [train.CHECKPOINTS / one.config.name / name for name in names]
+        paths = [CHECKPOINTS / one.config.name / name for name in names]
         sound = [path.read_bytes() for path in paths]
         for path in paths:
             damage(path, rng)
@@ -264,7 +266,7 @@ def half_done(one: Whole, folder: Path) -> Path:
     for fatal in range(one.accesses * 2 // 3, one.accesses):
         shutil.rmtree("checkpoints", ignore_errors=True)
         assert Fork(one.config, fatal).wait() == -signal.SIGKILL
-        if all((train.CHECKPOINTS / one.config.name / name).exists() for name in FILES):
+        if all((CHECKPOINTS / one.config.name / name).exists() for name in FILES):
             break
     return Path(shutil.move("checkpoints", folder))
 

@@ -1,4 +1,4 @@
-"""Loss and gradient norm of the demo's first step with ASAM, one JSON line per batch size.
+"""Loss and gradient norm of the demo's first step, one JSON line per batch size.
 
 A helper of test_distributed.py.
 
@@ -6,43 +6,36 @@ BN runs in eval mode: in training each process normalises with its own share of 
 the loss of two halves is not that of the whole.
 """
 
-import itertools
 import json
+from dataclasses import replace
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
-import train
+import distributed
 import utils
-from data import Augmentation, load_dataset, train_batches
-from model import ResNet
+from augment import Augmentation, train_batches
+from config import PRESETS
+from data import load_dataset
+from learner import Learner
 
 
 def main(batch_sizes):
-    device, rank, world_size = utils.init_processes()
+    device = distributed.init_processes()
     digits = load_dataset("digits").to(device)
+    config = replace(PRESETS["demo"], bfloat16=False)
     for batch_size in map(int, batch_sizes):  # an odd one shares out unevenly
-        torch.manual_seed(0)
-        model = ResNet(**train.PRESETS["demo"].architecture()).to(device).eval()
-        parallel = DistributedDataParallel(model) if world_size > 1 else model
-        optimizers = [torch.optim.SGD(model.parameters(), lr=0.1)]
-        criterion = torch.nn.CrossEntropyLoss(reduction="sum")
-        float32 = torch.autocast(device.type, enabled=False)
+        learner = Learner(config, digits, device, steps_per_epoch=1)
+        learner.model.eval()
+        before = [p.detach().clone() for p in learner.model.parameters()]
         augmentation = Augmentation(0, "zeros", 5.0, "none", 0)
-        batches = train_batches(digits, augmentation, batch_size, 0, 1, rank, world_size)
-        one = itertools.islice(batches, 1)
-        progress, bar = train.Progress(), tqdm(disable=True)
-        train.train_one_epoch(
-            parallel, criterion, optimizers, [], one, float32, progress, bar, asam=0.5
-        )
-        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
-        weights = torch.cat([p.detach().flatten() for p in model.parameters()])
-        if rank == 0:
-            result = {"processes": world_size, "loss": progress.mean_loss}
-            result |= {"accuracy": progress.accuracy}
-            result |= {"gradient": gradient.norm().item(), "weights": weights.norm().item()}
-            print(json.dumps(result))
+        images, labels, n = next(train_batches(digits, augmentation, batch_size, 0, 1))
+        totals = distributed.all_reduce_sum(learner.step(images, labels, n))
+        moved = [b - p.detach() for b, p in zip(before, learner.model.parameters(), strict=True)]
+        change = torch.cat([m.flatten() for m in moved])  # lr times the gradient and the decay
+        if distributed.is_main():
+            loss, correct = (totals / n).tolist()
+            result = {"processes": distributed.num_processes(), "loss": loss, "correct": correct}
+            print(json.dumps(result | {"change": change.norm().item()}))
 
 
 if __name__ == "__main__":

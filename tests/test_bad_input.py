@@ -13,12 +13,13 @@ import pytest
 import torch
 from conftest import TINY, Bomb, run, run_main
 
+import checkpoint
 import data
 import test as test_script
 import train as train_script
-import utils
-from model import ResNet, save_model
-from train import PRESETS, Config, check_config
+from checkpoint import save_model
+from config import PRESETS, check_config, load_config
+from model import Architecture, ResNet
 from utils import InputError
 
 # command line, and words that the error must contain
@@ -61,13 +62,15 @@ BAD_LINES = [
     ("train.py demo --classifier-dropout 1", ["classifier_dropout", "1", "from 0 to 0.99"]),
     ("train.py --c1 17", ["max_params", "5,598,195", "5,000,000", "--max-params"]),
     ("train.py demo --max-params 76817", ["max_params", "76,818", "76,817"]),
+    ("train.py demo --num-classes 1", ["num_classes", "1", "from 2"]),
+    ("train.py demo --num-classes 7", ["num_classes", "7", "digits has 10"]),
     ("train.py demo --max-params 0", ["max_params", "0", "at least 1"]),
     # the data
     ("train.py demo --flip random", ["flip", "--flip none"]),
     ("train.py demo --crop-padding 2", ["crop_padding", "--crop-padding 0"]),
     ("train.py demo --auto-augment", ["auto_augment", "the demo preset"]),
     ("train.py --crop-padding -1", ["crop_padding", "-1", "from 0 to 32"]),
-    ("train.py --rotation 181", ["rotation", "181", "from 0 to 180"]),
+    ("train.py --rotation-degrees 181", ["rotation", "181", "from 0 to 180"]),
     ("train.py demo --val-size -1", ["val_size", "-1", "at least 0"]),
     ("train.py demo --val-size 5", ["val_size", "5", "use 0, or 10 to 1,428"]),
     ("train.py demo --val-size 1438", ["val_size", "1438", "use 0, or 10 to 1,428"]),
@@ -81,18 +84,20 @@ BAD_LINES = [
     # the recipe
     ("train.py demo --batch-size 0", ["batch_size", "0", "at least 1"]),
     ("train.py demo --epochs 0", ["epochs", "0", "at least 1"]),
-    ("train.py demo --keep 0", ["keep", "0", "from 0.01 to 1"]),
-    ("train.py --small-share 1.1", ["small_share", "1.1", "from 0 to 1"]),
-    ("train.py --small-share 0.5", ["small_share", "0.5", "28x28", "pool_kernel of 8", "use 0"]),
+    ("train.py demo --keep-fraction 0", ["keep_fraction", "0", "from 0.01 to 1"]),
+    ("train.py --small-fraction 1.1", ["small_fraction", "1.1", "from 0 to 1"]),
+    (
+        "train.py --small-fraction 0.5",
+        ["small_fraction", "0.5", "28x28", "pool_kernel of 8", "use 0"],
+    ),
     ("train.py demo --lr -0.1", ["lr", "-0.1", "from 0 to 1000"]),
     ("train.py demo --lr inf", ["lr", "inf", "from 0 to 1000"]),
     ("train.py demo --momentum 1.5", ["momentum", "1.5", "from 0 to 1"]),
     ("train.py demo --weight-decay nan", ["weight_decay", "nan", "from 0 to 1"]),
-    ("train.py demo --restart-period 0", ["restart_period", "0", "at least 1"]),
+    ("train.py demo --restart-epochs 0", ["restart_epochs", "0", "at least 1"]),
     ("train.py best --momentum 0", ["momentum", "0", "--no-nesterov"]),
-    ("train.py demo --warmup 5", ["warmup", "5", "from 0 to 0.99"]),
-    ("train.py demo --asam nan", ["asam", "nan", "from 0 to 100"]),
-    ("train.py demo --ema 1", ["ema", "1", "from 0 to 0.999999"]),
+    ("train.py demo --warmup-epochs 15", ["warmup_epochs", "15 of 15", "use 0 to 14"]),
+    ("train.py demo --ema-decay 1", ["ema_decay", "1", "from 0 to 0.999999"]),
     # the run
     ("train.py demo --name ../elsewhere", ["name", "'../elsewhere'", "letters, digits"]),
     ("train.py demo --name a/b/c", ["name", "'a/b/c'", "GROUP/NAME"]),
@@ -101,13 +106,11 @@ BAD_LINES = [
     ("train.py demo --seed -1", ["seed", "-1", "from 0 to 4294967295"]),
     ("train.py demo --seeds 0", ["seeds", "0", "at least 1"]),
     ("train.py demo --seeds 2 --seed 4294967295", ["seed", "4294967296", "to 4294967295"]),
-    ("train.py demo --seeds 2 --resume", ["resume", "demo-0/last.pt", "does not exist"]),
-    ("train.py demo --resume --overwrite", ["overwrite", "--resume", "one of both"]),
-    ("train.py demo --save-every -1", ["save_every", "-1", "from 0 to"]),
-    ("train.py demo --save-every nan", ["save_every", "nan", "from 0 to"]),
-    ("train.py demo --save-every often", ["--save-every", "'often'", "-h"]),
-    ("train.py demo --limit-steps -1", ["limit_steps", "-1", "at least 0"]),
-    ("train.py demo --resume", ["resume", "last.pt", "does not exist", "without --resume"]),
+    ("train.py demo --resume --overwrite", ["overwrite", "--resume", "use one"]),
+    ("train.py demo --save-minutes -1", ["save_minutes", "-1", "from 0 to"]),
+    ("train.py demo --save-minutes nan", ["save_minutes", "nan", "from 0 to"]),
+    ("train.py demo --save-minutes often", ["--save-minutes", "'often'", "-h"]),
+    ("train.py demo --max-steps-per-epoch -1", ["max_steps_per_epoch", "-1", "at least 0"]),
     # test.py
     ("test.py", ["checkpoint", "checkpoints", "does not exist", "train.py demo"]),
     ("test.py nothing.safetensors", ["checkpoint", "nothing.safetensors", "does not exist"]),
@@ -184,7 +187,7 @@ def test_bad_environment(name, value, monkeypatch, capsys):
         ("conv_kernel", 3.0),
         ("conv_kernel", None),
         ("flip", "no"),
-        ("padding", "mirror"),
+        ("padding_mode", "mirror"),
         ("optimizer", "adam"),
         ("stem", "patch"),
         ("downsample", "both"),
@@ -278,7 +281,8 @@ def test_training_state_is_no_model_to_test(finished, monkeypatch, capsys):
 @pytest.mark.parametrize("info", [{}, {"dataset": "mnist"}, {"dataset": "digits"}], ids=str)
 def test_model_of_other_data_to_test(info, monkeypatch, capsys):
     shown = {"mean": [0.5] * 3, "std": [0.5] * 3, "class_names": ["cat", "dog"]}
-    save_model("m.safetensors", ResNet((1, 1), 2, num_classes=2), shown | info)
+    network = ResNet(Architecture((1, 1), 2, num_classes=2))
+    save_model("m.safetensors", network, shown | info)
     words = ["checkpoint: m.safetensors"] if "digits" in info.values() else ["dataset: "]
     check_refusal("test.py", ["m.safetensors"], words, monkeypatch, capsys)
 
@@ -294,23 +298,23 @@ def test_bad_state_to_resume(finished, damage, monkeypatch, capsys):
     for name in ("last.pt", "previous.pt"):
         damage(Path("checkpoints/tiny", name))
     capsys.readouterr()
-    line = "demo --name tiny --epochs 3 --limit-steps 3 --wandb disabled --resume"
+    line = "demo --name tiny --epochs 3 --max-steps-per-epoch 3 --wandb disabled --resume"
     check_refusal("train.py", line.split(), ["resume", "last.pt", "; "], monkeypatch, capsys)
 
 
 def test_state_whose_tensors_do_not_fit(finished, monkeypatch, capsys):
     path = Path("checkpoints/tiny/last.pt")
-    state = utils.load_state(path)
-    state["model"]["linear.weight"] = torch.ones(3, 3)
-    utils.save_state(path, state)
+    state = checkpoint.load_state(path)
+    state["learner"]["model"]["linear.weight"] = torch.ones(3, 3)
+    checkpoint.save_state(path, state)
     capsys.readouterr()
-    line = "demo --name tiny --epochs 3 --limit-steps 3 --wandb disabled --resume"
+    line = "demo --name tiny --epochs 3 --max-steps-per-epoch 3 --wandb disabled --resume"
     check_refusal("train.py", line.split(), ["resume", "last.pt", "; "], monkeypatch, capsys)
 
 
 def test_run_is_not_overwritten_nor_resumed_as_another(finished, monkeypatch, capsys):
     capsys.readouterr()
-    same = "demo --name tiny --epochs 3 --limit-steps 3 --wandb disabled".split()
+    same = "demo --name tiny --epochs 3 --max-steps-per-epoch 3 --wandb disabled".split()
     words = ["name", "checkpoints/tiny", "--resume", "--overwrite", "another --name"]
     check_refusal("train.py", same, words, monkeypatch, capsys)
     words = ["lr", "0.2", "0.1", "another --name"]
@@ -339,7 +343,5 @@ def test_file_of_constants_with_a_bad_one(monkeypatch, capsys):
 
 def test_config_file_round_trip():
     """What config.json holds is a configuration again."""
-    text = json.dumps(asdict(PRESETS["model2"]))
-    read = Config(**json.loads(text))
-    check_config(read)
-    assert read.architecture()["num_blocks"] == [7, 7, 7]
+    Path("config.json").write_text(json.dumps(asdict(PRESETS["model2"])))
+    assert load_config("config.json") == PRESETS["model2"]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import ROOT, run
 
-import utils
+from checkpoint import load_model
 from data import load_dataset
-from model import load_model
+from metrics import evaluate, score
 
 DATA = ROOT / "data"
 RELEASED = sorted((ROOT / "checkpoints").glob("*.safetensors"))
@@ -45,7 +45,7 @@ def test_validation_split(cifar10):
 
 
 def test_rehearsal_goes_through_every_stage_to_a_tested_checkpoint():
-    line = "train.py model1 --num-blocks 1 1 1 --c1 4 --epochs 2 --limit-steps 3 --name try"
+    line = "train.py model1 --num-blocks 1 1 1 --c1 4 --epochs 2 --max-steps-per-epoch 3 --name try"
     shared = ("--data-dir", DATA, "--no-download")
     trained = run(*line.split(), "--wandb", "disabled", *shared)
     assert trained.returncode == 0, trained.stderr
@@ -62,5 +62,5 @@ def test_released_weights_classify_as_well_as_they_claim(path, cifar10):
     """On a tenth of the test set, where three points are four standard errors."""
     model, info = load_model(path)
     part = cifar10.test[::10]
-    logits = utils.evaluate(model, part.images, cifar10.normalize)
-    assert abs(utils.score(logits, part.labels).accuracy - info["accuracy"]["test"]) < 3
+    logits = evaluate(model, part.images, cifar10.normalize)
+    assert abs(score(logits, part.labels).accuracy - info["accuracy"]["test"]) < 3

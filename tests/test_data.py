@@ -10,8 +10,11 @@ import torchvision
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as reference
 
+import augment as augment_script
 import data
-from data import Augmentation, Split, augment, load_dataset, train_batches
+import distributed
+from augment import Augmentation, augment, train_batches
+from data import Split, load_dataset
 from utils import InputError, generator
 
 
@@ -49,7 +52,7 @@ def test_augment_is_torchvisions_crop_rotate_flip(images, rotation, padding, mod
 def test_cutout_is_torchvisions_erase(images):
     normal = images.float() + 1
     corners = Augmentation(0, "zeros", 0.0, "none", 10).draw(torch.arange(len(images)), 1, 1)[3]
-    ours = data.cut_out(normal, corners, 10)
+    ours = augment_script.cut_out(normal, corners, 10)
     for image, (row, column), result in zip(normal, corners, ours, strict=True):
         expected = reference.erase(image, int(row), int(column), 10, 10, torch.zeros(1))
         assert torch.equal(result, expected)
@@ -101,30 +104,30 @@ def test_auto_augment_is_torchvisions_on_each_image(value, monkeypatch):
     small = 256 * torch.rand(25, 3, 5, 5, generator=generator("smooth"))
     images = torch.nn.functional.interpolate(small, (32, 32), mode="bilinear").to(torch.uint8)
     draws = torch.full((25, 2), value)
-    changed = data.auto_augment(images, torch.arange(25), draws, draws)
+    changed = augment_script.auto_augment(images, torch.arange(25), draws, draws)
     transform = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
     monkeypatch.setattr(torch, "rand", lambda *size: torch.tensor(value))
     for i in range(25):
         monkeypatch.setattr(torch, "randint", lambda *args, i=i: torch.tensor(i))
-        assert torch.equal(changed[i], transform(images[i])), data.AUTO_AUGMENT[i]
+        assert torch.equal(changed[i], transform(images[i])), augment_script.AUTO_AUGMENT[i]
 
 
 def test_auto_augment_changes_each_image_by_its_own_draw(images):
-    draws = data.draw_pairs(64, seed=0, epoch=1)
-    together = data.auto_augment(images, *draws)
+    draws = augment_script.draw_pairs(64, seed=0, epoch=1)
+    together = augment_script.auto_augment(images, *draws)
     for i in range(64):
-        alone = data.auto_augment(images[i : i + 1], *(draw[i : i + 1] for draw in draws))
+        alone = augment_script.auto_augment(images[i : i + 1], *(draw[i : i + 1] for draw in draws))
         assert torch.equal(together[i : i + 1], alone)
     assert not torch.equal(together, images)
 
 
 def test_pairs_are_drawn_evenly_and_anew_in_each_epoch():
-    pair, *others = data.draw_pairs(100_000, seed=0, epoch=1)
+    pair, *others = augment_script.draw_pairs(100_000, seed=0, epoch=1)
     assert (pair.bincount(minlength=25) - 4000).abs().max() < 320  # 5 deviations
     for draw in others:
         assert (draw.mean(dim=0) - 0.5).abs().max() < 0.01
         assert torch.cov(draw.T)[0, 1].abs() < 0.002
-    assert not torch.equal(data.draw_pairs(100_000, seed=0, epoch=2)[0], pair)
+    assert not torch.equal(augment_script.draw_pairs(100_000, seed=0, epoch=2)[0], pair)
 
 
 # ---------------------------------------------------------------- batches
@@ -141,8 +144,8 @@ def labelled_by_position(num_images):
 def test_batches_hold_what_auto_augment_made_of_the_whole_epochs_images():
     toy, augmentation = labelled_by_position(100), Augmentation(0, "zeros", 0.0, "none", 0, True)
     for epoch in (1, 2):
-        draws = data.draw_pairs(100, seed=5, epoch=epoch)
-        changed = data.auto_augment(toy.train.images, *draws)
+        draws = augment_script.draw_pairs(100, seed=5, epoch=epoch)
+        changed = augment_script.auto_augment(toy.train.images, *draws)
         assert not torch.equal(changed, toy.train.images)
         for images, labels, _ in train_batches(toy, augmentation, 40, 5, epoch):
             assert torch.equal(images, toy.normalize(changed[labels]))
@@ -189,10 +192,14 @@ def test_every_image_is_augmented_by_draws_of_its_own():
     assert len(views) > 0.99 * 3 * 4 * 100
 
 
-def test_processes_share_each_global_batch_as_one_process_augments_it():
+def test_processes_share_each_global_batch_as_one_process_augments_it(monkeypatch):
     digits, strong = load_dataset("digits"), Augmentation(4, "zeros", 30.0, "random", 0)
     whole = train_batches(digits, strong, 101, seed=0, epoch=1)
-    shares = [train_batches(digits, strong, 101, 0, 1, rank, 3) for rank in range(3)]
+    whole, shares = list(whole), []
+    monkeypatch.setattr(distributed, "num_processes", lambda: 3)
+    for rank in range(3):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        shares.append(list(train_batches(digits, strong, 101, 0, 1)))
     for (images, labels, size), *parts in zip(whole, *shares, strict=True):
         for rank, (share, share_labels, global_size) in enumerate(parts):
             assert torch.equal(share, images[rank::3])
@@ -203,7 +210,7 @@ def test_processes_share_each_global_batch_as_one_process_augments_it():
 def test_small_batches_are_the_centre_of_the_whole_ones():
     digits, augmentation = load_dataset("digits"), Augmentation(4, "reflect", 5.0, "random", 0)
     whole, labels, _ = next(train_batches(digits, augmentation, 50, 0, 1))
-    small, same_labels, _ = next(train_batches(digits, augmentation, 50, 0, 1, size=28))
+    small, same_labels, _ = next(train_batches(digits, augmentation, 50, 0, 1, image_size=28))
     assert torch.equal(small, whole[:, :, 2:30, 2:30])
     assert torch.equal(labels, same_labels)
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tarfile
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,15 +16,21 @@ import pytest
 import torch
 from conftest import ROOT, Bomb, run, run_main
 
+import checkpoint
+import learner
 import train as train_script
 import utils
+from checkpoint import load_model
+from config import record
 from data import load_dataset
-from model import load_model
+from metrics import Metrics
 from train import main, train
 from utils import InputError
 
 FOLDER = Path("checkpoints/tiny")
-LINE = "demo --name tiny --epochs 3 --limit-steps 3 --wandb disabled --save-every 0".split()
+LINE = (
+    "demo --name tiny --epochs 3 --max-steps-per-epoch 3 --wandb disabled --save-minutes 0".split()
+)
 
 
 def weights(folder=FOLDER):
@@ -33,6 +39,11 @@ def weights(folder=FOLDER):
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+
+
+def where(state):
+    """Whole epochs, and steps since."""
+    return len(state["metrics"]["log"]), state["metrics"]["step"]
 
 
 def log(folder=FOLDER):
@@ -59,13 +70,13 @@ def at_step(monkeypatch):
 @pytest.fixture
 def network(monkeypatch):
     """A list that gets the network as soon as it is made."""
-    made, make_model = [], train_script.make_model
+    made, make_model = [], learner.make_model
 
     def make(*args):
         made.append(make_model(*args))
         return made[-1]
 
-    monkeypatch.setattr(train_script, "make_model", make)
+    monkeypatch.setattr(learner, "make_model", make)
     return made
 
 
@@ -92,7 +103,7 @@ def test_kill_while_a_damaged_state_is_replaced_loses_nothing(tiny, monkeypatch)
 
     def stop_between_the_renamings(self, target):
         replace_path(self, target)
-        if Path(target).name == utils.PREVIOUS:
+        if Path(target).name == checkpoint.PREVIOUS:
             raise ZeroDivisionError
 
     with monkeypatch.context() as patch:
@@ -127,15 +138,17 @@ def test_signal_lets_the_step_end_saves_and_says_how_to_go_on(
         f"stopped by {name} after epoch 2, step 2, saved in checkpoints/tiny;"
         " the same command with --resume goes on from there\n"
     )
-    state = utils.load_state(FOLDER / "last.pt")
-    assert (len(state["log"]), state["step"]) == (1, 2)
+    state = checkpoint.load_state(FOLDER / "last.pt")
+    assert where(state) == (1, 2)
     assert train(replace(tiny, resume=True)) == whole
     assert same(weights(), weights(Path("checkpoints/whole")))
     assert log() == log(Path("checkpoints/whole"))
 
 
 def test_signal_in_the_last_step_of_an_epoch(tiny, at_step, monkeypatch, capsys):
-    monkeypatch.setattr(train_script.Saver, "after_step", lambda self: None)  # it came after that
+    monkeypatch.setattr(
+        checkpoint.Checkpointer, "after_step", lambda self: None
+    )  # it came after that
     at_step(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert run_main(main, *LINE, monkeypatch=monkeypatch) == 143
     assert "stopped by SIGTERM after epoch 2, saved" in capsys.readouterr().err
@@ -143,7 +156,7 @@ def test_signal_in_the_last_step_of_an_epoch(tiny, at_step, monkeypatch, capsys)
 
 
 def test_signal_too_late_to_matter_lets_the_run_finish(tiny, at_step, monkeypatch):
-    monkeypatch.setattr(train_script.Saver, "after_step", lambda self: None)
+    monkeypatch.setattr(checkpoint.Checkpointer, "after_step", lambda self: None)
     at_step(9, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert run_main(main, *LINE, monkeypatch=monkeypatch) == 0
     assert load_model(FOLDER / "model.safetensors")[1]["accuracy"]["test"] is not None
@@ -153,16 +166,16 @@ def test_second_ctrl_c_stops_at_once(tiny, at_step, monkeypatch, capsys):
     at_step(5, lambda: (os.kill(os.getpid(), signal.SIGINT), os.kill(os.getpid(), signal.SIGINT)))
     assert run_main(main, *LINE, monkeypatch=monkeypatch) == 130
     assert capsys.readouterr().err == "interrupted; a training goes on with --resume\n"
-    state = utils.load_state(FOLDER / "last.pt")
-    assert (len(state["log"]), state["step"]) == (1, 1)  # nothing was saved any more
+    state = checkpoint.load_state(FOLDER / "last.pt")
+    assert where(state) == (1, 1)  # nothing was saved any more
 
 
-def test_slurm_script_of_the_readme_requeues_itself(tmp_path):
+def test_slurm_script_of_the_docs_requeues_itself(tmp_path):
     """With stand-ins for srun, which here warns of the end of the time, and scontrol."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    script = re.search(r"```sh\n(#!/bin/bash\n.*?)```", readme, re.DOTALL).group(1)
-    assert "srun python train.py tpsnet --wandb offline" in script
-    small = "demo --name tpsnet --epochs 400 --limit-steps 2 --wandb offline"
+    page = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    script = re.search(r"```sh\n(#!/bin/bash\n.*?)```", page, re.DOTALL).group(1)
+    assert "srun python train.py tpsnet --wandb offline --resume\n" in script
+    small = "demo --name tpsnet --epochs 400 --max-steps-per-epoch 2 --wandb offline"
     script = script.replace("train.py tpsnet --wandb offline", f"{ROOT / 'train.py'} {small}")
     srun = """
         shift
@@ -198,17 +211,17 @@ def test_states_are_saved_as_often_as_asked(tiny, monkeypatch):
     counts = []
     for every, epoch_save in ((5.0, 0), (5.0, 10), (0.0, 10)):
         saved = []
-        monkeypatch.setattr(utils, "save_state", lambda *args, saved=saved: saved.append(args))
-        monkeypatch.setattr(train_script, "EPOCH_SAVE", epoch_save)
-        train(replace(tiny, save_every=every, name=f"run-{len(counts)}"))
+        monkeypatch.setattr(checkpoint, "save_state", lambda *args, saved=saved: saved.append(args))
+        monkeypatch.setattr(checkpoint, "EPOCH_SECONDS", epoch_save)
+        train(replace(tiny, save_minutes=every, name=f"run-{len(counts)}"))
         counts.append(len(saved))
     assert counts == [1 + 3, 1 + 1, 1 + 3 * (3 + 1)]  # at the start, at epochs' ends, each step
 
 
 def test_previous_state_is_kept(tiny):
-    train(replace(tiny, save_every=0.0))
-    states = [utils.read_state(FOLDER / name) for name in ("last.pt", utils.PREVIOUS)]
-    assert [(len(state["log"]), state["step"]) for state in states] == [(3, 0), (2, 3)]
+    train(replace(tiny, save_minutes=0.0))
+    states = [checkpoint.read_state(FOLDER / name) for name in ("last.pt", checkpoint.PREVIOUS)]
+    assert [where(state) for state in states] == [(3, 0), (2, 3)]
 
 
 def test_full_disk_stops_with_one_line_and_leaves_the_checkpoint(tiny, monkeypatch, capsys):
@@ -217,7 +230,7 @@ def test_full_disk_stops_with_one_line_and_leaves_the_checkpoint(tiny, monkeypat
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     fill = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (400_000, hard))
     with monkeypatch.context() as patch:
-        patch.setattr(train_script, "print_epoch", lambda *_: fill())
+        patch.setattr(Metrics, "print_epoch", lambda _: fill())
         try:
             assert run_main(main, *LINE, monkeypatch=patch) == 2
         finally:
@@ -227,7 +240,7 @@ def test_full_disk_stops_with_one_line_and_leaves_the_checkpoint(tiny, monkeypat
         " what was there before is intact\n"
     )
     assert not list(FOLDER.glob(f"{utils.TEMPORARY}*"))
-    assert len(utils.read_state(FOLDER / "last.pt")["log"]) == 1
+    assert where(checkpoint.read_state(FOLDER / "last.pt"))[0] == 1
     assert train(replace(tiny, resume=True)) == whole
 
 
@@ -248,7 +261,7 @@ def test_output_that_cannot_be_written(tiny, monkeypatch, capsys, reason):
 
 
 def test_second_run_in_a_folder_is_refused(tiny, monkeypatch, capsys):
-    with utils.lock_folder(FOLDER):
+    with checkpoint.lock_folder(FOLDER):
         assert run_main(main, *LINE, monkeypatch=monkeypatch) == 2
         assert capsys.readouterr().err == (
             "error: name: another process is training in checkpoints/tiny; give another --name\n"
@@ -257,7 +270,7 @@ def test_second_run_in_a_folder_is_refused(tiny, monkeypatch, capsys):
     train(tiny)  # free again
 
 
-@pytest.mark.parametrize("name", train_script.RUN_FILES)
+@pytest.mark.parametrize("name", checkpoint.RUN_FILES)
 def test_any_file_of_a_run_protects_it(tiny, name):
     FOLDER.mkdir(parents=True)
     (FOLDER / name).write_text("mine")
@@ -274,7 +287,7 @@ def test_overwrite_starts_anew(tiny):
     assert same(weights(), weights(Path("checkpoints/other")))
     assert len(log()) == 3
     assert (FOLDER / "notes.txt").read_text() == "mine"
-    assert utils.read_state(FOLDER / "last.pt")["config"] == asdict(tiny)
+    assert checkpoint.read_state(FOLDER / "last.pt")["config"] == record(tiny)
 
 
 # ---------------------------------------------------------------- divergence and drift
@@ -288,20 +301,20 @@ def test_gradient_that_is_not_finite_is_never_saved(tiny, at_step, network, monk
         "error: epoch 3, step 3: weights or gradients are not finite at lr 0.025; the last good"
         " state is checkpoints/tiny/last.pt; start again with a lower --lr, under another --name\n"
     )
-    state = utils.read_state(FOLDER / "last.pt")
-    assert (len(state["log"]), len(log()), state["step"]) == (2, 2, 2)
-    assert utils.all_finite(state)
+    state = checkpoint.read_state(FOLDER / "last.pt")
+    assert (*where(state), len(log())) == (2, 2, 2)
+    assert checkpoint.all_finite(state)
     assert all(tensor.isfinite().all() for tensor in weights().values())
 
 
 def test_loss_that_is_not_finite_names_its_step(tiny, at_step, network, monkeypatch, capsys):
     at_step(4, lambda: network[0].linear.bias.grad.fill_(float("nan")))
-    monkeypatch.setattr(train_script, "EPOCH_SAVE", 0)
-    assert run_main(main, *LINE, "--save-every", "5", monkeypatch=monkeypatch) == 1
+    monkeypatch.setattr(checkpoint, "EPOCH_SECONDS", 0)
+    assert run_main(main, *LINE, "--save-minutes", "5", monkeypatch=monkeypatch) == 1
     assert capsys.readouterr().err.startswith(
         "error: epoch 2, step 2: the loss is nan at lr 0.075; the last good state is checkpoints"
     )
-    assert len(utils.read_state(FOLDER / "last.pt")["log"]) == len(log()) == 1
+    assert where(checkpoint.read_state(FOLDER / "last.pt"))[0] == len(log()) == 1
 
 
 def test_run_may_become_longer_but_not_shorter(tiny):
@@ -309,14 +322,14 @@ def test_run_may_become_longer_but_not_shorter(tiny):
     with pytest.raises(InputError, match=r"^epochs: 2, but .* with 3; give that or more"):
         train(replace(tiny, schedule="linear", epochs=2, resume=True))
     train(replace(tiny, schedule="linear", epochs=6, resume=True))
-    rates = [float(row["lr"]) for row in log()]
+    rates = [row["lr"] for row in log()]
     assert rates == pytest.approx([0.1, 0.2 / 3, 0.1 / 3, 0.05, 0.1 / 3, 0.1 / 6])
 
 
 def test_constants_that_change_nothing_may_change(tiny, tmp_path):
     first = train(tiny)
     FOLDER.rename("checkpoints/renamed")
-    changes = {"name": "renamed", "data_dir": "elsewhere", "save_every": 1.0, "wandb": "offline"}
+    changes = {"name": "renamed", "data_dir": "elsewhere", "save_minutes": 1.0, "wandb": "offline"}
     assert train(replace(tiny, resume=True, **changes)) == first
 
 
@@ -334,8 +347,8 @@ def test_other_images_are_refused(tiny, monkeypatch):
 def test_state_with_code_inside_is_refused_though_its_checksum_is_right(tiny):
     train(tiny)
     path = FOLDER / "last.pt"
-    utils.save_state(path, {"model": Bomb()})
-    utils.save_state(path, {"model": Bomb()})  # and the previous one
+    checkpoint.save_state(path, {"model": Bomb()})
+    checkpoint.save_state(path, {"model": Bomb()})  # and the previous one
     with pytest.raises(InputError, match=r"^resume: .*last.pt is damaged or was not written by"):
         train(replace(tiny, resume=True))
     assert not Path("bomb_went_off").exists()

@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import model
-from model import ResNet, check_budget, load_model, model_cost, save_model
-from train import PRESETS
+from checkpoint import load_model, save_model
+from config import PRESETS
+from model import Architecture, ResNet, architecture_of, check_budget, model_cost
 from utils import InputError
 
 SMALL = {"num_blocks": (1, 1, 1), "c1": 4}
@@ -39,12 +40,12 @@ def test_named_networks_have_the_sizes_in_the_docstring():
         "fast": 4_342_042,
     }
     for name, num_blocks, c1, size in rows:
-        architecture = PRESETS[name].architecture()
-        assert (architecture["num_blocks"], architecture["c1"]) == (num_blocks, c1)
+        architecture = architecture_of(PRESETS[name])
+        assert (architecture.num_blocks, architecture.c1) == (num_blocks, c1)
         if name != "fast":  # the paper's networks differ in nothing else
-            assert architecture == ResNet(num_blocks=num_blocks, c1=c1).architecture
-        assert sum(p.numel() for p in ResNet(**architecture).parameters()) == size
-        assert model_cost(**architecture).num_params == size
+            assert architecture == Architecture(num_blocks, c1)
+        assert sum(p.numel() for p in ResNet(architecture).parameters()) == size
+        assert model_cost(architecture).num_params == size
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ def test_named_networks_have_the_sizes_in_the_docstring():
     ids=str,
 )
 def test_every_choice_changes_the_network(choice):
-    base, changed = ResNet(**SMALL), ResNet(**(SMALL | choice))
+    base, changed = ResNet(Architecture(**SMALL)), ResNet(Architecture(**(SMALL | choice)))
     shapes = [{n: tuple(p.shape) for n, p in m.named_parameters()} for m in (base, changed)]
     assert shapes[0] != shapes[1]
     logits = changed.eval()(torch.randn(2, 3, 32, 32))
@@ -75,7 +76,7 @@ def test_every_choice_changes_the_network(choice):
 
 
 def test_pooling_window_of_the_same_size_is_a_mean_over_the_map():
-    network = ResNet(**SMALL, pool_kernel=8).eval()
+    network = ResNet(Architecture(**SMALL, pool_kernel=8)).eval()
     x = torch.randn(2, 3, 32, 32)
     features = network.stages(network.relu(network.bn1(network.conv1(x))))
     assert features.shape == (2, 2 * 4 * 4, 8, 8)
@@ -83,7 +84,7 @@ def test_pooling_window_of_the_same_size_is_a_mean_over_the_map():
 
 
 def test_dropout_acts_between_the_convolutions_and_only_in_training():
-    network = ResNet(**SMALL, dropout=0.5)
+    network = ResNet(Architecture(**SMALL, dropout=0.5))
     x = torch.randn(4, 3, 32, 32)
     assert not torch.equal(network(x), network(x))
     network.eval()
@@ -97,7 +98,7 @@ def test_dropout_acts_between_the_convolutions_and_only_in_training():
 
 
 def test_classifier_dropout_acts_on_the_pooled_features_and_only_in_training():
-    network = ResNet(**SMALL, classifier_dropout=0.5)
+    network = ResNet(Architecture(**SMALL, classifier_dropout=0.5))
     inputs = []
     network.linear.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     features = network(torch.randn(4, 3, 32, 32)) is None or inputs.pop()
@@ -106,13 +107,13 @@ def test_classifier_dropout_acts_on_the_pooled_features_and_only_in_training():
     network.eval()
     assert torch.equal(network(x), network(x))
     with torch.no_grad():
-        plain = ResNet(**SMALL).eval()
+        plain = ResNet(Architecture(**SMALL)).eval()
         plain.load_state_dict(network.state_dict())  # no parameter of its own
         assert torch.equal(plain(x), network(x))
 
 
 def test_strides_and_projections_stand_where_the_shape_changes():
-    network = ResNet(num_blocks=(2, 2, 2), c1=4, skip_kernel=3)
+    network = ResNet(Architecture(num_blocks=(2, 2, 2), c1=4, skip_kernel=3))
     for i, stage in enumerate(network.stages):
         first, second = stage
         assert first.conv1.stride == ((1, 1) if i == 0 else (2, 2))
@@ -121,7 +122,7 @@ def test_strides_and_projections_stand_where_the_shape_changes():
         assert second.conv1.stride == (1, 1)
         assert isinstance(second.shortcut, nn.Identity)
     # With width 1 the first stage has the stem's channels, so its shortcut is the identity.
-    assert isinstance(ResNet(**SMALL, width=1).stages[0][0].shortcut, nn.Identity)
+    assert isinstance(ResNet(Architecture(**SMALL, width=1)).stages[0][0].shortcut, nn.Identity)
 
 
 def test_block_is_its_formula():
@@ -134,7 +135,7 @@ def test_block_is_its_formula():
 
 def test_whitening_stem_is_frozen_and_whitens():
     """On smooth images, whose neighbouring pixels are all but equal."""
-    network = ResNet(num_blocks=(1,), c1=24, stem="whitening")
+    network = ResNet(Architecture(num_blocks=(1,), c1=24, stem="whitening"))
     noise = torch.randn(100, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     images = F.interpolate(noise, size=(32, 32), mode="bicubic")
     network.set_whitening(images)
@@ -148,7 +149,7 @@ def test_whitening_stem_is_frozen_and_whitens():
 
 
 def test_pooled_stages_halve_before_their_blocks():
-    network = ResNet(**SMALL, downsample="pool", pool_kernel=4).eval()
+    network = ResNet(Architecture(**SMALL, downsample="pool", pool_kernel=4)).eval()
     x = torch.randn(2, 3, 32, 32)
     shapes = []
     for stage in network.stages:
@@ -162,7 +163,7 @@ def test_pooled_stages_halve_before_their_blocks():
 
 def test_cost_by_hand():
     # stem 3->2, one block 2->2 with identity shortcut at 32x32, pool to 4x4, linear 32->10
-    cost = model_cost(num_blocks=(1,), c1=2, width=1, pool_kernel=8)
+    cost = model_cost(Architecture(num_blocks=(1,), c1=2, width=1, pool_kernel=8))
     assert cost.num_params == (27 * 2 + 4) + 2 * (9 * 2 * 2 + 4) + (2 * 16 * 10 + 10)
     assert cost.macs == 32 * 32 * (27 * 2 + 2 * 9 * 2 * 2) + 2 * 16 * 10
     # kept for backward: the image, conv1's output, relu's; conv1's, relu's and conv2's outputs of
@@ -172,7 +173,7 @@ def test_cost_by_hand():
 
 
 def test_activation_memory_is_what_a_real_step_keeps():
-    network = ResNet(**SMALL)
+    network = ResNet(Architecture(**SMALL))
 
     def kept(batch_size):
         sizes = {}
@@ -186,24 +187,26 @@ def test_activation_memory_is_what_a_real_step_keeps():
         return sum(sizes.values())
 
     per_image = kept(9) - kept(8)
-    assert model_cost(**SMALL).activation_bytes == per_image
+    assert model_cost(Architecture(**SMALL)).activation_bytes == per_image
 
 
 def test_cost_allocates_nothing():
     # 121 GB, were they allocated
-    assert model_cost(num_blocks=(3, 3, 3), c1=2700).num_params > 30e9
+    assert model_cost(Architecture(num_blocks=(3, 3, 3), c1=2700)).num_params > 30e9
 
 
 def test_budget():
-    assert check_budget(5_000_000) == 4_959_770
+    assert check_budget(Architecture()) == 4_959_770
     with pytest.raises(InputError, match=r"max_params: .* 5,034,010 parameters, .*--max-params"):
-        check_budget(5_000_000, num_blocks=(17, 13, 13))  # 4 blocks of 18,560 more
-    assert check_budget(6_000_000, num_blocks=(17, 13, 13)) == 5_034_010
+        check_budget(Architecture((17, 13, 13)))  # 4 blocks of 18,560 more
+    assert check_budget(Architecture((17, 13, 13)), 6_000_000) == 5_034_010
 
 
 def test_saved_model_explains_itself(tmp_path):
     torch.manual_seed(0)
-    network = ResNet(num_blocks=(1, 2), c1=3, conv_kernel=(3, 5), skip_kernel=3, dropout=0.1)
+    network = ResNet(
+        Architecture(num_blocks=(1, 2), c1=3, conv_kernel=(3, 5), skip_kernel=3, dropout=0.1)
+    )
     network(torch.randn(8, 3, 32, 32))  # moves the BN statistics
     path = tmp_path / "new folder" / "a.safetensors"
     save_model(path, network, INFO | {"seed": 3})
@@ -219,7 +222,7 @@ def test_saved_model_explains_itself(tmp_path):
 
 
 def test_wrappers_leave_no_prefix(tmp_path):
-    network = ResNet(**SMALL)
+    network = ResNet(Architecture(**SMALL))
     for wrapped in (
         nn.DataParallel(network),
         torch.compile(network, backend="eager"),
@@ -232,14 +235,14 @@ def test_wrappers_leave_no_prefix(tmp_path):
 
 
 def test_half_precision_weights_load_as_float(tmp_path):
-    save_model(tmp_path / "a.safetensors", ResNet(**SMALL).half(), INFO)
+    save_model(tmp_path / "a.safetensors", ResNet(Architecture(**SMALL)).half(), INFO)
     loaded, _ = load_model(tmp_path / "a.safetensors")
     assert loaded(torch.randn(1, 3, 32, 32)).dtype == torch.float32
 
 
 def tampered(path, **changes):
     """A file of ours, its metadata changed; a key set to None is removed."""
-    save_model(path, ResNet(**SMALL), INFO)
+    save_model(path, ResNet(Architecture(**SMALL)), INFO)
     with safetensors.safe_open(path, "pt") as file:
         texts = file.metadata()
     texts |= {k: json.dumps(v) for k, v in changes.items()}
@@ -272,7 +275,7 @@ def tampered(path, **changes):
 )
 def test_damaged_and_hostile_files_are_refused_in_one_line(tmp_path, damage):
     path = tmp_path / "a.safetensors"
-    save_model(path, ResNet(**SMALL), INFO)
+    save_model(path, ResNet(Architecture(**SMALL)), INFO)
     damage(path)
     with pytest.raises(InputError, match=r"^checkpoint: .*a\.safetensors .*; .*") as error:
         load_model(path)
@@ -282,9 +285,9 @@ def test_damaged_and_hostile_files_are_refused_in_one_line(tmp_path, damage):
 
 def test_failed_save_leaves_the_old_file_whole(tmp_path):
     path = tmp_path / "a.safetensors"
-    save_model(path, ResNet(**SMALL), INFO)
+    save_model(path, ResNet(Architecture(**SMALL)), INFO)
     before = path.read_bytes()
     with pytest.raises(TypeError):
-        save_model(path, ResNet(**SMALL), INFO | {"bad": object()})
+        save_model(path, ResNet(Architecture(**SMALL)), INFO | {"bad": object()})
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

@@ -1,16 +1,16 @@
 """Whatever configuration hypothesis thinks of: it is built as predicted, or its field is named."""
 
-import inspect
 import math
+from dataclasses import fields
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import ResNet, check_budget
+from model import Architecture, ResNet, check_budget
 from utils import InputError
 
-FIELDS = [*inspect.signature(ResNet).parameters, "max_params"]
+FIELDS = [*(field.name for field in fields(Architecture)), "max_params"]
 LIMIT = 200_000  # parameters: the forward passes take milliseconds
 
 kernels = st.sampled_from([1, 3, 5])
@@ -95,11 +95,11 @@ def predicted(a):
 def test_configuration_runs_as_predicted_or_its_field_is_named():
     outcomes = []
 
-    @settings(max_examples=300, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=600, deadline=None, derandomize=True, database=None)
     @given(architectures())
     def check(architecture):
         try:
-            count = check_budget(LIMIT, **architecture)
+            count = check_budget(Architecture(**architecture), LIMIT)
         except InputError as error:
             field = str(error).split(":")[0]
             assert field in FIELDS
@@ -108,7 +108,7 @@ def test_configuration_runs_as_predicted_or_its_field_is_named():
             return
         outcomes.append("accepted")
         assert count == predicted(architecture) <= LIMIT
-        model = ResNet(**architecture).eval()
+        model = ResNet(Architecture(**architecture)).eval()
         with torch.no_grad():
             assert model(torch.zeros(2, 3, 32, 32)).shape == (2, architecture["num_classes"])
 

@@ -6,7 +6,8 @@ import re
 import pytest
 from conftest import ROOT
 
-from model import MAX_PARAMS, count_parameters, load_model
+from checkpoint import load_model
+from model import MAX_PARAMS, count_parameters
 
 RELEASED = sorted((ROOT / "checkpoints").glob("*.safetensors"))
 

@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 from conftest import run
 
-import utils
+import metrics
 from train import train
 
 
@@ -66,7 +66,7 @@ def test_offline_run_holds_every_epoch_the_curves_and_the_final_accuracy(demo):
 
 
 def test_auto_without_a_login_is_offline_asks_nothing_and_resumes_the_same_run(tmp_path):
-    line = "train.py demo --name group/demo --epochs 2 --limit-steps 2 --wandb auto".split()
+    line = "train.py demo --name group/demo --epochs 2 --max-steps-per-epoch 2 --wandb auto".split()
     alone = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "WANDB_API_KEY": ""}
     first = run(*line, **alone)
     assert first.returncode == 0, first.stderr
@@ -127,4 +127,4 @@ def test_disabled_never_imports_the_library(tiny, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)
     train(tiny)
     assert capsys.readouterr().err == ""
-    assert utils.WandbRun("disabled", None, {}).id is None
+    assert metrics.WandbRun("disabled", None, {}).id is None

@@ -1,0 +1,429 @@
+"""What a run leaves on the disk: training state, model file, run folder and its lock; resuming."""
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import signal
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import filelock
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+import plots
+from distributed import StopSignals, all_reduce_max, broadcast_from_main, is_main, num_processes
+from metrics import LOG_INTERVAL, Metrics, Score
+from model import Architecture, ResNet
+from utils import (
+    DivergenceError,
+    InputError,
+    StoppedError,
+    atomic_path,
+    check_number,
+    first_line,
+    from_json,
+    remove_temporaries,
+    warn,
+    write_csv,
+)
+
+PREVIOUS = "previous.pt"  # the training state that was saved before the last one
+# What a run writes, beside W&B's folder; the state comes first and goes last.
+RUN_FILES = ("last.pt", PREVIOUS, "config.json", "log.csv", "model.safetensors", "curves.png")
+EPOCH_SECONDS = 10  # an epoch that ends sooner after a save is not worth one of its own
+FILE_FORMAT = "tpsnet-2"  # marks our .safetensors files, with the version of their metadata
+
+
+# ---------------------------------------------------------------- the training state
+
+
+def save_state(path: Path, state: dict[str, object]) -> None:
+    """Write a training state of tensors and plain values, then its SHA-256, whole or not at all.
+
+    The state that was there becomes `previous.pt`.
+    """
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getvalue()  # not getbuffer: a failed write crashed Python 3.12.1 later
+    with (
+        atomic_path(path, keep=path.with_name(PREVIOUS)) as temporary,
+        temporary.open("wb") as file,
+    ):
+        file.write(content)
+        file.write(hashlib.sha256(content).digest())
+
+
+def load_state(path: Path) -> dict[str, object]:
+    """Read what `save_state` wrote, on the CPU; if it is damaged, the state before, with a warning.
+
+    Nothing in the file is executed.
+
+    Raises:
+        InputError: both are missing, damaged, or hold more than tensors and plain values.
+    """
+    previous = path.with_name(PREVIOUS)
+    if not path.exists() and not previous.exists():
+        raise InputError(f"resume: {path} does not exist; train without --resume first")
+    with contextlib.suppress(ValueError):
+        return read_state(path)
+    problem = "is damaged" if path.exists() else "is missing"
+    try:
+        state = read_state(previous)
+    except ValueError:
+        raise InputError(
+            f"resume: {path} {problem} or was not written by train.py, and there is no sound"
+            f" {PREVIOUS}; restore a copy of it, train under another --name, or --overwrite it"
+        ) from None
+    warn(f"{path} {problem}; going on from {PREVIOUS}, the state that was saved before it")
+    return state
+
+
+def drop_damaged_state(path: Path) -> None:
+    """If the state in `path` is damaged or missing, put the previous one there.
+
+    Else the next save would make the damaged one the previous one.
+    """
+    try:
+        read_state(path)
+    except ValueError:
+        path.with_name(PREVIOUS).replace(path)
+
+
+def all_finite(state: object) -> bool:
+    """Whether every tensor in these nested dictionaries and lists is finite."""
+    if isinstance(state, Tensor):
+        return bool(state.isfinite().all())
+    values = state.values() if isinstance(state, dict) else state
+    return not isinstance(state, dict | list) or all(map(all_finite, values))
+
+
+def read_state(path: Path) -> dict[str, object]:
+    """The state in one file.
+
+    Raises:
+        ValueError: it is missing, damaged, or holds more than tensors and plain values.
+    """
+    try:
+        content = path.read_bytes()
+        content, digest = content[:-32], content[-32:]
+        if hashlib.sha256(content).digest() != digest:
+            raise ValueError("its SHA-256 is another")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about foreign pickles: they are refused
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise TypeError("it holds no dictionary")
+        return state
+    except Exception as error:  # whatever a foreign file can raise
+        raise ValueError(f"{path}: {first_line(error)}") from None
+
+
+def has_state(folder: Path) -> bool:
+    """Whether there is something to resume."""
+    return any((folder / name).exists() for name in ("last.pt", PREVIOUS))
+
+
+# ---------------------------------------------------------------- the run folder
+
+
+def load_run(folder: Path, resume: bool, overwrite: bool) -> dict[str, object] | None:
+    """The state of the run in `folder` if there is one and it is to be resumed, else None.
+
+    Raises:
+        InputError: there is a run that would be overwritten, or its state is no whole one.
+    """
+    if not (resume and has_state(folder)):
+        check_new(folder, resume, overwrite)
+        return None
+    state = load_state(folder / "last.pt")
+    if missing := {"config", "data_fingerprint", "learner", "metrics"} - set(state):
+        raise InputError(
+            f"resume: {folder / 'last.pt'} lacks {', '.join(sorted(missing))}; restore a copy of"
+            " the file, or train under another --name"
+        )
+    return state
+
+
+def check_new(folder: Path, resume: bool, overwrite: bool) -> None:
+    """Raise InputError if `folder` holds a run that may not be overwritten."""
+    found = [name for name in RUN_FILES if (folder / name).exists()]
+    if found and not overwrite:
+        holds, go_on = "a run already", "add --resume to go on with it, --overwrite to lose it,"
+        if resume:
+            holds, go_on = "a run, but not its last.pt", "restore that, add --overwrite to lose it,"
+        raise InputError(
+            f"name: {folder} holds {holds} ({found[0]}); {go_on} or give another --name"
+        )
+
+
+def check_images(state: dict[str, object] | None, fingerprint: str) -> None:
+    """Raise InputError if a run that is resumed was started on images of another fingerprint."""
+    if state and state["data_fingerprint"] != fingerprint:
+        raise InputError(
+            "data_dir: it holds other images than this run was started on (SHA-256 of all images"
+            " and labels); give their --data-dir, or another --name"
+        )
+
+
+def prepare_folder(folder: Path, resumed: bool, resume: bool, overwrite: bool) -> None:
+    """Make the folder, which is locked by now, ready for what is about to be written there.
+
+    Raises:
+        InputError: another process has trained there since `load_run` looked.
+    """
+    if resumed:
+        drop_damaged_state(folder / "last.pt")
+        return
+    check_new(folder, resume, overwrite)
+    for name in reversed(RUN_FILES):
+        (folder / name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Have `folder`, made if need be, to ourselves. A lock ends with its process, however it ends.
+
+    Raises:
+        InputError: another process has it, or it cannot be written.
+    """
+    problem, lock = None, filelock.FileLock(folder / "run.lock", blocking=False)
+    if is_main():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+            remove_temporaries(folder)
+        except filelock.Timeout:
+            problem = f"name: another process is training in {folder}; give another --name"
+        except OSError as error:
+            problem = f"name: {folder} cannot be written ({error.strerror})"
+    if problem := broadcast_from_main(problem):
+        raise InputError(problem)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def restore(state: dict[str, object], parts: dict[str, object], folder: Path) -> None:
+    """Load a training state into the parts it was taken from.
+
+    Raises:
+        InputError: it does not fit them.
+    """
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"resume: what is in {folder / 'last.pt'} does not fit ({first_line(error)});"
+            " restore a copy of the file, or train under another --name"
+        ) from None
+
+
+class Checkpointer:
+    """Saves a run: the training state every few minutes, the rest after every epoch.
+
+    Args:
+        parts: all that has a state: `learner`, `metrics`, and `proxy` if there is one.
+        started: the constants and the data's fingerprint, which --resume compares.
+        metadata: of the model file, but for what the training brings.
+        save_minutes: between saves of the state.
+        stop: tells whether a signal asked to end.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        parts: dict[str, object],
+        started: dict[str, object],
+        metadata: dict[str, object],
+        save_minutes: float,
+        stop: StopSignals,
+    ) -> None:
+        self.folder, self.parts, self.started, self.metadata = folder, parts, started, metadata
+        self.save_minutes, self.stop, self.saved_at = save_minutes, stop, 0.0
+        self.metrics: Metrics = parts["metrics"]
+
+    def after_step(self) -> None:
+        """Save if it is time to.
+
+        Raises:
+            StoppedError: a signal asked to end.
+        """
+        # Processes on GPUs agree now and then whether to save: each time they wait for each other.
+        interval = LOG_INTERVAL if torch.cuda.is_available() and num_processes() > 1 else 1
+        if self.metrics.step % interval == 0:
+            due, number = all_reduce_max(self.is_due(), self.stop.received)
+            if due or number:
+                self.metrics.synchronize()
+                self.save()
+            self.end_if_asked(number)
+
+    def after_epoch(self) -> None:
+        """Write log.csv, print its new row, and save unless that was done seconds ago.
+
+        Raises:
+            StoppedError: a signal asked to end.
+        """
+        last = self.metrics.epoch == self.metrics.epochs
+        due, number = all_reduce_max(last or self.is_due(EPOCH_SECONDS), self.stop.received)
+        if due or number:
+            self.save()
+            self.write_model()
+        if is_main():
+            write_csv(self.folder / "log.csv", self.metrics.log)
+            self.metrics.print_epoch()
+        if not last:
+            self.end_if_asked(number)
+
+    def finish(self, test: Score | None) -> None:
+        """Write what a finished run leaves."""
+        self.write_model(test)
+        if is_main():
+            write_csv(self.folder / "log.csv", self.metrics.log)
+            plots.learning_curves(self.metrics.log, self.folder / "curves.png", self.folder.name)
+
+    def save(self) -> None:
+        """Write the training state.
+
+        Raises:
+            DivergenceError: it is not finite, and was not written.
+        """
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        if not all_finite(state):
+            raise DivergenceError(f"{self.metrics}: weights or gradients are not finite")
+        if is_main():
+            save_state(self.folder / "last.pt", self.started | state)
+        self.saved_at = time.monotonic()
+
+    def write_model(self, test: Score | None = None) -> None:
+        """Write the network, with how it did: accuracies in percent, `test` None until the end."""
+        last = self.metrics.log[-1]
+        accuracy = {
+            "train": last["train_accuracy"],  # as seen while training, augmented
+            "val": last["val_accuracy"],
+            "test": test and test.accuracy,
+        }
+        described = self.metadata | {"epochs": self.metrics.epoch, "accuracy": accuracy}
+        if is_main():
+            model = self.parts["learner"].eval_model
+            save_model(self.folder / "model.safetensors", model, described)
+
+    def is_due(self, seconds: float = math.inf) -> bool:
+        """Whether `save_minutes`, or so many seconds, have passed since the last save."""
+        seconds = min(seconds, 60 * self.save_minutes)
+        return time.monotonic() - self.saved_at >= seconds
+
+    def end_if_asked(self, number: int) -> None:
+        """Raise StoppedError if a signal was received; 0 is none."""
+        if number:
+            name = signal.Signals(number).name
+            raise StoppedError(
+                number,
+                f"stopped by {name} after {self.metrics}, saved in {self.folder};"
+                " the same command with --resume goes on from there",
+            )
+
+
+@contextlib.contextmanager
+def divergence_explained(folder: Path, metrics: Metrics) -> Iterator[None]:
+    """In the block, a DivergenceError tells the learning rate too, and what can be done."""
+    try:
+        yield
+    except DivergenceError as error:
+        raise DivergenceError(
+            f"{error} at lr {metrics.lr:g}; the last good state is {folder / 'last.pt'}; start"
+            " again with a lower --lr, under another --name"
+        ) from None
+
+
+# ---------------------------------------------------------------- the model file
+
+
+def save_model(path: str | Path, model: nn.Module, metadata: dict[str, object]) -> None:
+    """Write weights and `metadata` to one `.safetensors` file, whole or not at all.
+
+    `metadata` holds JSON values, at least the `mean` and `std` that images are normalised with,
+    the `class_names` of the logits, and the `dataset` that the model is tested on.
+
+    The wrappers of DDP and torch.compile are taken off first, so names never carry their prefixes.
+    """
+    while (inner := getattr(model, "module", getattr(model, "_orig_mod", None))) is not None:
+        model = inner
+    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    described = {"architecture": asdict(model.architecture), **metadata}
+    check_metadata(described)
+    texts = {key: json.dumps(value) for key, value in described.items()}
+    marks = {"file_format": FILE_FORMAT, "sha256": checksum(tensors, texts)}
+    with atomic_path(path) as temporary:
+        # Not save_file: it makes files that only their owner can read.
+        temporary.write_bytes(safetensors.torch.save(tensors, marks | texts))
+
+
+def checksum(tensors: dict[str, Tensor], texts: dict[str, str]) -> str:
+    """SHA-256 of all that a model file says: names, types, shapes and values, and the metadata."""
+    digest = hashlib.sha256(json.dumps(texts, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def check_metadata(metadata: dict[str, object]) -> None:
+    """Raise InputError, KeyError or TypeError if a model cannot be used with this metadata."""
+    if len(metadata["class_names"]) != metadata["architecture"]["num_classes"]:
+        raise InputError("as many class_names as num_classes are needed")
+    for name in ("mean", "std"):
+        red, green, blue = metadata[name]
+        for value in (red, green, blue):
+            check_number(name, value, 0, 255)
+
+
+def load_model(path: str | Path) -> tuple[ResNet, dict[str, object]]:
+    """The network in `path`, on the CPU in eval mode, and the metadata it was saved with.
+
+    Images must be scaled to [0, 1], then normalised with `metadata["mean"]` and `["std"]`.
+    Nothing in the file is executed, and no memory is taken on its word.
+
+    Raises:
+        InputError: the file is missing, damaged, or not one of ours.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            texts = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise InputError(
+            f"checkpoint: {path} does not exist; train one (`python train.py demo` takes a"
+            " minute), or name another"
+        ) from None
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise InputError(
+            f"checkpoint: {path} is damaged or no .safetensors file ({first_line(error)});"
+            " name a model.safetensors that train.py wrote"
+        ) from None
+    try:
+        if texts.pop("file_format", None) != FILE_FORMAT:
+            raise ValueError(f"its metadata lacks file_format {FILE_FORMAT}")
+        if texts.pop("sha256", None) != checksum(tensors, texts):
+            raise ValueError("its SHA-256 is another: it is damaged")
+        metadata = {key: json.loads(text) for key, text in texts.items()}
+        check_metadata(metadata)
+        # Built without memory and filled from the file: a lying architecture costs nothing.
+        with torch.device("meta"):
+            model = ResNet(from_json(Architecture, metadata["architecture"]))
+        model.load_state_dict(tensors, assign=True)
+    except (InputError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"checkpoint: {path} is not one of ours ({first_line(error)});"
+            " name a model.safetensors that train.py wrote"
+        ) from None
+    return model.float().eval(), metadata
