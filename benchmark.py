@@ -1,13 +1,13 @@
 """Speed and memory of our training loop beside the classical script's, in one run.
 
-    python benchmark.py              # tpsnet at its batch size; also draws images/benchmark.png
-    python benchmark.py fast --json fast.json
+    python benchmark.py --json studies/benchmark.json  # tpsnet; studies/figures.py draws it
+    python benchmark.py fast
 
-The classical script is what such repositories do: torchvision transforms on PIL images in
+The classical script does what most such repositories do: torchvision transforms on PIL images in
 DataLoader workers, float32 in the default memory format, `loss.item()` in every step. Both train
-the same network on the same noise, each in a process of its own, taking turns; a figure is the
-median of the rounds, with the smallest and the largest behind it. No data set is needed. Images are
-those that are trained on: of a preset with a proxy, what it costs to find them is counted as ours.
+the same network on the same noise, in two processes that take turns; printed are the median of the
+rounds and, in brackets, the smallest and the largest. No data set is needed. Images per second
+count the images that are trained on: for a preset with a proxy, our time includes the proxy's.
 """
 
 import contextlib
@@ -26,21 +26,23 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-import plots
-import train
 import utils
-from data import FACTS, Dataset, Split, train_batches
-from model import ResNet, model_cost
-from train import PRESETS, Config
+from augment import train_batches
+from config import PRESETS, Config
+from data import FACTS, Dataset, Split
+from distributed import compute_dtype, dtype_name, init_processes
+from learner import PROXY_INTERVAL, Learner, Proxy
+from metrics import LOG_INTERVAL, evaluate
+from model import ModelCost, ResNet, model_cost
+from train import make_augmentation
 from utils import InputError
 
 ROUNDS = 5
 BATCH_SIZES = (32, 64, 128, 256, 512, 1024)
-SECONDS = 3.0  # that one measurement takes: as many steps as fit, at least one
+SECONDS = 3.0  # of one measurement: as many steps as fit, at least one
 NUM_WORKERS = 2  # of the classical DataLoader, as in PyTorch's CIFAR-10 tutorial
-WARM_BATCHES = 20  # more than its workers have ready in advance
+WARM_BATCHES = 20  # more than its workers prefetch
 EVAL_IMAGES = 500
 MEASUREMENTS = {
     "data": "data pipeline",
@@ -51,7 +53,7 @@ MEASUREMENTS = {
 
 
 def noise(num_images: int) -> Dataset:
-    """CIFAR-10's training set in shape, in noise; speed does not depend on what is shown."""
+    """A data set of noise in CIFAR-10's shape: speed does not depend on the pixels."""
     rng = utils.generator("benchmark")
     images = torch.randint(0, 256, (num_images, 3, 32, 32), dtype=torch.uint8, generator=rng)
     split = Split(images, torch.randint(0, 10, (num_images,), generator=rng))
@@ -63,64 +65,53 @@ def noise(num_images: int) -> Dataset:
 
 
 class Ours:
-    """The parts of train.py, put together as `train.train` does."""
+    """What train.py steps with: the learner, and the proxy if the preset has one."""
 
     def __init__(self, config: Config) -> None:
-        self.device, _, _ = utils.init_processes()
+        self.device = init_processes()
         self.data = noise(50_000).to(self.device)
-        self.model = train.make_model(config, self.data, self.device)
-        self.autocast = train.make_autocast(train.compute_dtype(config, self.device), self.device)
-        self.criterion = train.make_criterion(config)
-        self.optimizers = train.make_optimizers(self.model, config)
-        self.augmentation = train.make_augmentation(config)
-        self.asam = config.asam
-        self.ema = train.make_average(self.model, config.ema) if config.ema else None
-        self.keep, self.proxy = config.keep, None
-        if self.keep < 1:  # so many steps that its learning rate hardly falls
-            self.proxy = train.Proxy(config, self.data, self.device, self.autocast, steps=10_000)
+        self.augmentation = make_augmentation(config)
+        self.keep_fraction = config.keep_fraction
+        # So many steps per epoch that the learning rate hardly falls in a measurement.
+        parts = (config, self.data, self.device, 10_000)
+        self.learner = Learner(*parts)
+        self.model = self.learner.model
+        self.proxy = Proxy(*parts) if self.keep_fraction < 1 else None
         self.fixed = {}
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor, int]]:
-        """Augmented batches without end, of which `batch_size` images each are trained on."""
-        num_images = round(batch_size / self.keep)
+        """Augmented batches without end; `batch_size` images of each are trained on."""
+        num_images = round(batch_size / self.keep_fraction)
         for epoch in itertools.count(1):
             for batch in train_batches(self.data, self.augmentation, num_images, 0, epoch):
                 if batch[2] == num_images:
                     yield batch
 
     def same_batch(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor, int]]:
-        """One batch again and again: the step without the data."""
+        """The same batch without end: the step without the data pipeline."""
         if batch_size not in self.fixed:
             self.fixed = {batch_size: next(self.batches(batch_size))}
         return itertools.repeat(self.fixed[batch_size])
 
     def steps(self, batches: Iterator, num_steps: int) -> None:
-        """Train for so many steps."""
-        self.model.train()
-        bar = tqdm(disable=True)
-        some = itertools.islice(batches, num_steps)
+        """Train for `num_steps` steps."""
+        batches = itertools.islice(batches, num_steps)
         if self.proxy:
-            some = self.proxy.hardest(some)
-        train.train_one_epoch(
-            self.model,
-            self.criterion,
-            self.optimizers,
-            [],
-            some,
-            self.autocast,
-            train.Progress(),
-            bar,
-            self.asam,
-            self.ema,
-        )
+            batches = self.proxy.hardest(batches)
+        unread = []  # as the metrics of a run leave them on the device for some steps
+        for images, labels, n in batches:
+            unread.append(self.learner.step(images, labels, n))
+            if len(unread) == LOG_INTERVAL:
+                torch.stack(unread).tolist()
+                unread.clear()
 
     def evaluate(self) -> None:
         """Classify the test images."""
-        utils.evaluate(self.model, self.data.test.images, self.data.normalize)
+        evaluate(self.model, self.data.test.images, self.data.normalize)
 
 
 class Classical:
-    """The loop of a hundred repositories, on the same network."""
+    """The classical script's loop, on the same network."""
 
     def __init__(self, config: Config) -> None:
         from torchvision import transforms
@@ -128,17 +119,18 @@ class Classical:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.pixels = noise(50_000).train.images.permute(0, 2, 3, 1).contiguous().numpy()
         self.data = noise(max(BATCH_SIZES))
-        self.model = ResNet(**config.architecture()).to(self.device)
+        self.model = ResNet(config).to(self.device)
         if config.stem == "whitening":
             self.model.set_whitening(self.data.normalize(self.data.train.images[:100]))
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(parameters, 0.01, 0.9, weight_decay=5e-4)
         self.criterion = nn.CrossEntropyLoss()
         normalize = [transforms.ToTensor(), transforms.Normalize(self.data.mean, self.data.std)]
+        degrees = config.rotation_degrees
         self.train_transform = transforms.Compose(
             [
                 transforms.RandomCrop(32, padding=config.crop_padding),
-                *([transforms.RandomRotation(config.rotation)] if config.rotation else []),
+                *([transforms.RandomRotation(degrees)] if degrees else []),
                 transforms.RandomHorizontalFlip(),
                 *normalize,
             ]
@@ -147,7 +139,7 @@ class Classical:
         self.fixed = {}
 
     def loader(self, num_images: int, transform: Callable, **options: object) -> Iterable:
-        """A DataLoader with worker processes, of the first images."""
+        """A DataLoader of the first `num_images` images, with worker processes."""
         dataset = PILDataset(self.pixels[:num_images], [0] * num_images, transform)
         if sys.platform == "linux":
             options["multiprocessing_context"] = "fork"  # as in a script started by hand
@@ -164,14 +156,14 @@ class Classical:
             yield from loader
 
     def same_batch(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """One batch again and again: the step without the data."""
+        """The same batch without end: the step without the data pipeline."""
         if batch_size not in self.fixed:
             images = self.data.normalize(self.data.train.images[:batch_size])
             self.fixed = {batch_size: (images, self.data.train.labels[:batch_size])}
         return itertools.repeat(self.fixed[batch_size])
 
     def steps(self, batches: Iterator, num_steps: int) -> None:
-        """Train for so many steps."""
+        """Train for `num_steps` steps."""
         self.model.train()
         running_loss = correct = 0
         for images, labels in itertools.islice(batches, num_steps):
@@ -195,7 +187,7 @@ class Classical:
 
 
 class PILDataset(torch.utils.data.Dataset):
-    """As torchvision.datasets.CIFAR10: an array, made a PIL image each time one is asked for."""
+    """An array whose items become PIL images on access, as in torchvision.datasets.CIFAR10."""
 
     def __init__(self, pixels: object, labels: list[int], transform: Callable) -> None:
         self.pixels, self.labels, self.transform = pixels, labels, transform
@@ -213,7 +205,7 @@ class PILDataset(torch.utils.data.Dataset):
 
 
 def serve(kind: type, config: Config, connection: Connection) -> None:
-    """Answer the parent's requests, each (method, arguments), until it sends None."""
+    """Answer the parent's requests, each (function, arguments), until it sends None."""
     bare = memory_peak()
     contestant, streams = kind(config), {}
     device = contestant.device
@@ -231,7 +223,7 @@ def serve(kind: type, config: Config, connection: Connection) -> None:
     def stream(batch_size: int) -> Iterator:
         if batch_size not in streams:
             streams[batch_size] = contestant.batches(batch_size)
-            next(streams[batch_size])  # workers start, the first batch is drawn
+            next(streams[batch_size])  # starts the workers, draws the first batch
         return streams[batch_size]
 
     def epoch(batch_size: int, num_steps: int) -> float:
@@ -250,23 +242,21 @@ def serve(kind: type, config: Config, connection: Connection) -> None:
     def evaluate(_: int, times: int) -> float:
         return timed(lambda: [contestant.evaluate() for _ in range(times)])
 
-    def threads(number: int) -> None:
-        torch.set_num_threads(number)
-
-    def memory() -> float:
+    def memory() -> int:
         return memory_peak() - bare
 
-    requests = {f.__name__: f for f in (step, epoch, data, evaluate, threads, memory)}
+    requests = {f.__name__: f for f in (step, epoch, data, evaluate, memory)}
+    requests["threads"] = torch.set_num_threads
     while (request := connection.recv()) is not None:
         name, arguments = request
         connection.send(requests[name](*arguments))
 
 
 def memory_peak() -> int:
-    """Peak bytes of this process: of the GPU's memory where there is one, else resident."""
+    """Peak memory of this process in bytes: on the GPU if there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    if sys.platform == "linux":  # where getrusage counts in the peak of the parent process
+    if sys.platform == "linux":  # where getrusage includes the parent's peak
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
     import resource  # not on Windows
@@ -275,34 +265,34 @@ def memory_peak() -> int:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
+    """Wait until the device has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 class Worker:
-    """A contestant in a process of its own; its methods are those of `serve`."""
+    """A contestant in a process of its own; calling it asks for one of `serve`'s functions."""
 
     def __init__(self, kind: type, config: Config) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork would share our memory's peak
+        context = multiprocessing.get_context("spawn")  # a fork would inherit our memory peak
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(kind, config, theirs))
         self.process.start()
         theirs.close()
 
     def __call__(self, name: str, *arguments: int) -> float:
-        """Ask for a measurement."""
+        """The result of a measurement."""
         self.connection.send((name, arguments))
         try:
             return self.connection.recv()
         except EOFError:
             raise InputError(
-                "benchmark: a contestant died, out of memory perhaps; try a smaller --batch-size"
+                "benchmark: a process died, perhaps out of memory; try a smaller --batch-size"
             ) from None
 
     def stop(self) -> None:
         """End the process."""
-        with contextlib.suppress(OSError):  # it may have died
+        with contextlib.suppress(OSError):  # it may be dead already
             self.connection.send(None)
         self.process.join()
 
@@ -313,16 +303,16 @@ class Worker:
 def benchmark(
     preset: str = "tpsnet", /, batch_size: int = 0, compile: bool = False, json: str = ""
 ) -> dict[str, object]:
-    """Compare train.py's loop with the classical script's, on one preset's network.
+    """Compare train.py's loop with the classical script's, on the network of one preset.
 
     Args:
-        preset: A preset of train.py.
-        batch_size: Images that a step trains on; 0 for as many as the preset's.
+        preset: A preset of config.py.
+        batch_size: Images trained on per step; 0 for as many as in the preset.
         compile: Run our network through torch.compile.
         json: Also write the result to this file.
 
     Returns:
-        What --json writes.
+        The content of the JSON file.
 
     Raises:
         InputError: an argument is wrong.
@@ -330,19 +320,20 @@ def benchmark(
     if preset not in PRESETS:
         raise InputError(f"preset: {preset!r} is not one of {', '.join(PRESETS)}")
     if sys.platform == "win32":
-        raise InputError("platform: Windows does not tell a peak of memory; use Linux or macOS")
+        raise InputError("platform: Windows does not report peak memory; use Linux or macOS")
     config = replace(PRESETS[preset], compile=compile)
-    utils.check_integer("batch_size", batch_size, 0, int(50_000 * config.keep))
-    batch_size = batch_size or round(config.keep * config.batch_size)
-    fewest = train.PROXY_INTERVAL if config.keep < 1 else 1  # with one step that a proxy learns in
-    device, _, _ = utils.init_processes()
-    dtype = train.compute_dtype(config, device)
-    cost = model_cost(**config.architecture())
+    utils.check_integer("batch_size", batch_size, 0, int(50_000 * config.keep_fraction))
+    batch_size = batch_size or round(config.keep_fraction * config.batch_size)
+    # A proxy learns in one step of as many: a measurement must have one of these.
+    fewest = PROXY_INTERVAL if config.keep_fraction < 1 else 1
+    device = init_processes()
+    dtype = compute_dtype(device, config.bfloat16)
+    cost = model_cost(config)
     workers = [Worker(kind, config) for kind in (Ours, Classical)]
     print(machine(device))
     print(
         f"{preset}: {cost.num_params:,} parameters, {cost.macs / 1e6:,.1f} M MACs per image;"
-        f" batch {batch_size}; ours in {utils.dtype_name(dtype)}\n"
+        f" batch {batch_size}; ours in {dtype_name(dtype)}\n"
     )
     print_row("", "ours", "classical script", "ratio")
 
@@ -357,25 +348,12 @@ def benchmark(
             if name == "epoch":
                 memory = [worker("memory") for worker in workers]
         print_row("peak memory, MB", *(f"{m / 1e6:,.0f}" for m in memory), memory[0] / memory[1])
-        medians = {k: [statistics.median(rate) for rate in v] for k, v in rates.items()}
-        pipeline = [100 * e / d for e, d in zip(medians["epoch"], medians["data"], strict=True)]
-        print_row("data share of an epoch, %", *(f"{share:.1f}" for share in pipeline))
-        passes = [2 if config.asam else 1, 1]  # forward and backward
-        flops = [6 * n * cost.macs * r for n, r in zip(passes, medians["epoch"], strict=True)]
-        shares = [100 * f / peak for f, peak in zip(flops, peaks, strict=True)]
-        print_row("share of matmul peak, %", *(f"{share:.0f}" for share in shares))
+        print_shares(rates, cost, peaks)
         print(
-            f"matmul peak: {peaks[0] / 1e9:,.0f} GFLOP/s in {utils.dtype_name(dtype)},"
+            f"matmul peak: {peaks[0] / 1e9:,.0f} GFLOP/s in {dtype_name(dtype)},"
             f" {peaks[1] / 1e9:,.0f} in float32\n"
         )
-
-        scaling = {}
-        for size in BATCH_SIZES:
-            if size * cost.activation_bytes > memory_limit(device):
-                print(f"step, batch {size}: left out, it might not fit into the memory")
-                continue
-            scaling[size] = compare(workers, "step", size, fewest, rounds=3)
-            print_rates(f"step, batch {size}, images/s", scaling[size])
+        scaling = compare_batch_sizes(workers, cost, device, fewest)
         threads = {}
         for number in sorted({1, torch.get_num_threads()}) if device.type == "cpu" else ():
             for worker in workers:
@@ -388,6 +366,7 @@ def benchmark(
 
     result = {
         "machine": machine(device),
+        "commit": utils.git_commit(),
         "preset": preset,
         "batch_size": batch_size,
         "num_params": cost.num_params,
@@ -399,17 +378,29 @@ def benchmark(
         "scaling": scaling,  # images/s of a step, by batch size
         "threads": threads,
     }
-    if preset == "tpsnet":
-        plots.benchmark(result, Path("images/benchmark.png"))
     if json:
         utils.write_json(Path(json), result)
     return result
 
 
+def compare_batch_sizes(
+    workers: list[Worker], cost: ModelCost, device: torch.device, fewest: int
+) -> dict[int, list[list[float]]]:
+    """Images per second of a step, as `compare` gives them, for each batch size that fits."""
+    rates = {}
+    for size in BATCH_SIZES:
+        if size * cost.activation_bytes > memory_limit(device):
+            print(f"step, batch {size}: left out, it might not fit into memory")
+            continue
+        rates[size] = compare(workers, "step", size, fewest, rounds=3)
+        print_rates(f"step, batch {size}, images/s", rates[size])
+    return rates
+
+
 def compare(
     workers: list[Worker], name: str, batch_size: int, fewest: int, rounds: int = ROUNDS
 ) -> list[list[float]]:
-    """Images per second of each worker in each round of at least `fewest` steps, in turns."""
+    """Images per second of each worker, in each round of at least `fewest` steps, in turns."""
     num_steps = []
     for worker in workers:
         worker(name, batch_size, 1)  # warms up
@@ -425,41 +416,51 @@ def compare(
 
 
 def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of the best of several large matrix products: what the machine can do."""
+    """FLOP/s of the fastest of several large matrix products."""
     best = 0
     for size in (2048, 4096) if device.type == "cpu" else (4096, 8192, 16384):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         for _ in range(8):
             synchronize(device)
             start = time.perf_counter()
-            a @ b.T  # as a linear layer has it
+            a @ b.T  # as in a linear layer
             synchronize(device)
             best = max(best, 2 * size**3 / (time.perf_counter() - start))
     return best
 
 
 def memory_limit(device: torch.device) -> float:
-    """Bytes of float32 activations to allow: the rest is for gradients, and the other process."""
+    """Bytes of float32 activations to allow: a third, beside gradients and the other process."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / 3
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 3
 
 
+def print_shares(rates: dict[str, list[list[float]]], cost: ModelCost, peaks: list[float]) -> None:
+    """Rows of percentages: of an epoch for the data pipeline, of the matmul peak for an epoch."""
+    medians = {name: list(map(statistics.median, both)) for name, both in rates.items()}
+    pipeline = [100 * e / d for e, d in zip(medians["epoch"], medians["data"], strict=True)]
+    print_row("data share of an epoch, %", *(f"{share:.1f}" for share in pipeline))
+    flops = [6 * cost.macs * rate for rate in medians["epoch"]]  # forward and backward
+    shares = [100 * f / peak for f, peak in zip(flops, peaks, strict=True)]
+    print_row("share of matmul peak, %", *(f"{share:.0f}" for share in shares))
+
+
 def print_rates(label: str, rates: list[list[float]]) -> None:
-    """A row of images per second: medians and spread, and the median ratio of the rounds."""
+    """A row of images per second: medians, smallest and largest, and the median of the ratios."""
     texts = [f"{statistics.median(r):,.0f} ({min(r):,.0f}-{max(r):,.0f})" for r in rates]
     ratios = [ours / classical for ours, classical in zip(*rates, strict=True)]
     print_row(label, *texts, statistics.median(ratios))
 
 
 def print_row(label: str, ours: str, classical: str, ratio: float | str = "") -> None:
-    """A line of the table."""
+    """A row of the table."""
     ratio = f"{ratio:.2f}" if isinstance(ratio, float) else ratio
     print(f"{label:27} {ours:>22} {classical:>22} {ratio:>5}", flush=True)
 
 
 def machine(device: torch.device) -> str:
-    """The machine, and in a second line the versions."""
+    """The processor and its threads, and in a second line the versions."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
     if device.type == "cpu" and Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -469,7 +470,7 @@ def machine(device: torch.device) -> str:
 
 
 def main(args: list[str]) -> None:
-    """Measure what the command line names."""
+    """Measure the preset that the command line names."""
     utils.parse_command_line(benchmark, args, prog="benchmark.py")()
 
 

@@ -1,13 +1,13 @@
-"""Test a saved network on the test set of the data it was trained for.
+"""Test a saved network on the test set of its data set.
 
     python test.py                                   # the newest run, else a released model
     python test.py checkpoints/try/model.safetensors --tta --json result.json
     python test.py checkpoints/try-0 --compare checkpoints/try-1  # is one of them better?
 
-Everything it needs is in the checkpoint; the Config that trained it is not consulted.
+All that it needs is in the checkpoint: no constant of config.py is used.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 import plots
 import utils
+from checkpoint import load_model
+from config import CHECKPOINTS
 from data import Dataset, load_dataset
-from model import load_model, model_cost
-from utils import InputError, Score
+from distributed import init_processes
+from metrics import Score, calibrate, evaluate, score
+from model import model_cost
+from utils import InputError
 
-CHECKPOINTS = Path("checkpoints")
-CALIBRATION_BINS = 15  # as in Guo et al., arXiv:1706.04599
-NUM_MISTAKES = 24  # shown in their figure
+NUM_MISTAKES = 24  # in their figure
 FIGURES = ("confusion", "calibration", "mistakes")
 
 
@@ -35,21 +37,21 @@ def test(
     data_dir: str = "data",
     download: bool = True,
 ) -> dict[str, object]:
-    """Accuracy, loss, calibration and cost of a saved network; what it takes for what.
+    """Accuracy, loss, calibration, confusion matrix and cost of a saved network.
 
     Args:
         checkpoint: A .safetensors file, or a folder: its newest run, else a released model.
-        tta: Also test with the flipped view, logits averaged; reported apart.
+        tta: Also test with test-time augmentation: logits averaged with the flipped view's.
         compare: Another checkpoint, file or folder: do the two differ by more than chance?
         json: Also write the result to this file.
-        data_dir: Folder that holds CIFAR-10, or receives it.
-        download: Fetch CIFAR-10 if it is not in data_dir.
+        data_dir: Folder of CIFAR-10, which is downloaded into it if it is not there.
+        download: Download CIFAR-10 if it is not in data_dir.
 
     Returns:
-        What --json writes.
+        The content of the JSON file.
 
     Raises:
-        InputError: the checkpoint or the data is missing, damaged or foreign.
+        InputError: the checkpoint or the data is missing, damaged or of another project.
     """
     path = find_checkpoint(checkpoint)
     other_path = find_checkpoint(Path(compare)) if compare else None
@@ -62,20 +64,19 @@ def test(
     if compare:
         check_data(other_path, other_info, data)
 
-    device, _, _ = utils.init_processes()
-    data = data.to(device)
-    cost = model_cost(**model.architecture)
+    data = data.to(init_processes())
+    cost = model_cost(model.architecture)
     print(
         f"{path.as_posix()}: {info.get('preset')} network, {cost.num_params:,} parameters,"
         f" {cost.macs / 1e6:,.1f} M MACs, {info.get('epochs')} epochs of {data.name}"
     )
     logits = classify(model, info, data)
     labels = data.test.labels
-    plain = utils.score(logits, labels)
+    plain = score(logits, labels)
     print(f"test accuracy: {plain}")
     mirrored = None
     if tta:
-        mirrored = utils.score(classify(model, info, data, flip_tta=True), labels)
+        mirrored = score(classify(model, info, data, flip_tta=True), labels)
         print(f"with the flipped view (TTA): {mirrored}")
     bins = calibrate(logits, labels)
     print(
@@ -88,7 +89,7 @@ def test(
     title = f"{path.as_posix()}: {plain.accuracy:.2f}%"
     figures = [path.with_name(f"{path.stem}_{name}.png") for name in FIGURES]
     plots.confusion_matrix(counts.numpy(), data.class_names, figures[0], title)
-    plots.calibration(bins.count, bins.confidence, bins.accuracy, figures[1], title)
+    plots.calibration(bins, figures[1], title)
     plots.mistakes(*worst_mistakes(logits, data), figures[2], title)
     for figure in figures:
         print(f"figure: {figure.as_posix()}")
@@ -97,7 +98,7 @@ def test(
     if compare:
         other_logits = classify(other, other_info, data)
         comparison = mcnemar(logits, other_logits, labels)
-        print(f"\n{other_path.as_posix()}: {utils.score(other_logits, labels)}")
+        print(f"\n{other_path.as_posix()}: {score(other_logits, labels)}")
         print(
             f"right with the first alone {comparison['only_first']:,}, with the second alone"
             f" {comparison['only_second']:,}\nMcNemar's exact test: p = {comparison['p']:.2g}"
@@ -123,7 +124,7 @@ def test(
 
 
 def check_data(path: Path, info: dict[str, object], data: Dataset) -> None:
-    """Raise InputError if the model cannot be tested on `data`; warn if it is another copy."""
+    """Raise InputError if the model has other classes than `data`; warn if its copy differs."""
     if info["class_names"] != list(data.class_names):
         raise InputError(f"checkpoint: {path} knows other classes than {data.name} has")
     if info.get("data_fingerprint") != data.fingerprint:
@@ -133,17 +134,17 @@ def check_data(path: Path, info: dict[str, object], data: Dataset) -> None:
 def classify(
     model: nn.Module, info: dict[str, object], data: Dataset, flip_tta: bool = False
 ) -> Tensor:
-    """Logits of the test images, (N, C), which are normalised as the model's metadata says."""
+    """Logits of the test images, (N, C), normalised by the mean and std in the metadata."""
     data = replace(data, mean=tuple(info["mean"]), std=tuple(info["std"]))
     images = data.test.images
-    return utils.evaluate(model.to(images.device), images, data.normalize, flip_tta)
+    return evaluate(model.to(images.device), images, data.normalize, flip_tta)
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The file that `path` means: itself, or of a folder the newest run, else a released model.
+    """`path` itself if it is a file; of a folder the newest run, else a released model.
 
     Raises:
-        InputError: the folder holds none.
+        InputError: the folder has neither.
     """
     if not path.is_dir():
         return path
@@ -158,53 +159,20 @@ def find_checkpoint(path: Path) -> Path:
     )
 
 
-def summary(score: Score) -> dict[str, object]:
+def summary(found: Score) -> dict[str, object]:
     """A score as JSON values; accuracy and its 95% interval in percent."""
-    return {"accuracy": score.accuracy, "interval": score.interval} | asdict(score)
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Images in bins of equal width by confidence, which is the probability of the prediction."""
-
-    count: np.ndarray  # (CALIBRATION_BINS,) images in each bin
-    confidence: np.ndarray  # (CALIBRATION_BINS,) their mean confidence, percent; 0 if empty
-    accuracy: np.ndarray  # (CALIBRATION_BINS,) how many of them are right, percent; 0 if empty
-
-    @property
-    def mean_confidence(self) -> float:
-        """Mean confidence of all images, percent; over the accuracy if the model is too sure."""
-        return float(np.average(self.confidence, weights=self.count))
-
-    @property
-    def error(self) -> float:
-        """Expected calibration error: the gap between the two, in points, mean of the images."""
-        return float(np.average(np.abs(self.accuracy - self.confidence), weights=self.count))
-
-
-def calibrate(logits: Tensor, labels: Tensor) -> Calibration:
-    """How far a model's probabilities can be believed (Guo et al., arXiv:1706.04599)."""
-    confidence, predicted = logits.cpu().double().softmax(1).max(1)
-    right = predicted == labels.cpu()
-    # Bins are closed above, so that certainty falls into the last one.
-    place = (confidence * CALIBRATION_BINS).ceil().long().clamp(1) - 1
-    count = np.bincount(place, minlength=CALIBRATION_BINS)
-    means = (
-        100 * np.bincount(place, values, CALIBRATION_BINS) / count.clip(1)
-        for values in (confidence, right)
-    )
-    return Calibration(count, *means)
+    return {"accuracy": found.accuracy, "interval": found.interval} | asdict(found)
 
 
 def mcnemar(first: Tensor, second: Tensor, labels: Tensor) -> dict[str, float]:
-    """Whether two models' accuracies on the same images differ by more than chance.
+    """Whether the accuracies of two models on the same images differ by more than chance.
 
-    Only images that one alone gets right tell them apart, and if both are equally good, each of
-    those is either's with probability 1/2 (McNemar 1947, the exact test). It compares two networks,
-    not their recipes: how those differ shows in several seeds of each.
+    McNemar's exact test (1947): of the images that only one of them gets right, each is either's
+    with probability 1/2 if both are equally good. It compares two networks, not their recipes,
+    which takes several seeds of each.
 
     Returns:
-        only_first, only_second: images that one alone gets right. p: two-sided.
+        only_first, only_second: number of images that only this one gets right. p: two-sided.
     """
     from scipy.stats import binomtest
 
@@ -217,7 +185,7 @@ def mcnemar(first: Tensor, second: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def worst_mistakes(logits: Tensor, data: Dataset) -> tuple[np.ndarray, list[str]]:
-    """The wrong predictions of the largest confidence: images, (M, 32, 32, 3), and captions."""
+    """The most confident wrong predictions: images, (M, 32, 32, 3) uint8, and captions."""
     confidence, predicted = logits.softmax(1).max(1)
     wrong = (predicted != data.test.labels).nonzero().flatten()
     worst = wrong[confidence[wrong].argsort(descending=True, stable=True)][:NUM_MISTAKES]
@@ -231,13 +199,13 @@ def worst_mistakes(logits: Tensor, data: Dataset) -> tuple[np.ndarray, list[str]
 
 
 def confusion(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Counts of (true class, predicted class), (C, C) int64, on the CPU."""
+    """Confusion matrix: counts of (true class, predicted class), (C, C) int64, on the CPU."""
     pairs = labels * num_classes + predicted
     return torch.bincount(pairs.cpu(), minlength=num_classes**2).view(num_classes, num_classes)
 
 
 def print_per_class(counts: Tensor, class_names: tuple[str, ...]) -> None:
-    """A line per class: how many of its images are right, and what the rest is taken for."""
+    """Print each class's accuracy, and the class that it is most often taken for."""
     width = max(map(len, class_names))
     print(f"\n{'class':{width}}  correct     of  accuracy  most often taken for")
     for i, name in enumerate(class_names):
@@ -251,7 +219,7 @@ def print_per_class(counts: Tensor, class_names: tuple[str, ...]) -> None:
 
 
 def main(args: list[str]) -> None:
-    """Test what the command line names."""
+    """Test the checkpoint that the command line names."""
     utils.parse_command_line(test, args, prog="test.py")()
 
 

@@ -5,10 +5,9 @@ from pathlib import Path
 import pytest
 
 import benchmark
-import plots
-import train
 from benchmark import Classical, Ours
-from train import PRESETS
+from config import PRESETS
+from learner import Proxy
 from utils import InputError
 
 
@@ -39,15 +38,15 @@ def test_both_are_measured_in_processes_of_their_own(quick, capsys):
 
 def test_the_proxys_work_is_counted(monkeypatch):
     """A step of 16 trained images draws 32, and the proxy looks at all of them."""
-    seen, hardest = [], train.Proxy.hardest
+    seen, hardest = [], Proxy.hardest
 
     def spy(proxy, batches):
         for batch in hardest(proxy, (seen.append(len(b[1])) or b for b in batches)):
             seen.append(len(batch[1]))
             yield batch
 
-    monkeypatch.setattr(train.Proxy, "hardest", spy)
-    contestant = Ours(replace(PRESETS["demo"], keep=0.5))
+    monkeypatch.setattr(Proxy, "hardest", spy)
+    contestant = Ours(replace(PRESETS["demo"], keep_fraction=0.5))
     contestant.steps(contestant.batches(16), 2)
     contestant.steps(contestant.same_batch(16), 1)
     assert seen == [32, 16] * 3
@@ -72,18 +71,3 @@ def test_contestants_train_the_same_network_on_the_same_kind_of_batch():
 def test_bad_arguments(preset, batch_size):
     with pytest.raises(InputError, match=r"^(preset|batch_size): "):
         benchmark.benchmark(preset, batch_size=batch_size)
-
-
-def test_figure():
-    result = {
-        "preset": "tpsnet",
-        "num_params": 4_959_770,
-        "macs": 724e6,
-        "batch_size": 128,
-        "contestants": ["ours", "classical script"],
-        "images_per_second": {k: [[80, 82], [34, 35]] for k in benchmark.MEASUREMENTS},
-        "memory_bytes": [1.1e9, 2.2e9],
-        "scaling": {32: [[60, 61], [30, 31]], 64: [[70, 71], [33, 34]]},
-    }
-    plots.benchmark(result, Path("figure.png"))
-    assert Path("figure.png").read_bytes().startswith(b"\x89PNG")

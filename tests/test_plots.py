@@ -1,16 +1,20 @@
+import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import plots
-from model import ResNet
-from utils import Score
+from metrics import Calibration, Score
+from model import Architecture, ResNet
+from studies import figures as readme
 
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that were saved, to be looked into."""
+    """The figures that were saved."""
     saved = []
     monkeypatch.setattr(plots, "save", lambda figure, path: saved.append(figure))
     return saved
@@ -45,9 +49,9 @@ def test_learning_curves_show_the_log(figures, val):
 
 
 def test_accuracy_over_time_adds_up_the_epochs_and_projects_the_rest(figures):
-    fast = [{"seconds": "60.0", "val_accuracy": "70.5"}, {"seconds": "120.0", "val_accuracy": "80"}]
-    tpsnet = [{"seconds": "600.0", "val_accuracy": "40.0"}]
-    plots.accuracy_over_time(fast, tpsnet, epochs=300, published=94.84, path="fast.png")
+    fast = [{"seconds": 60.0, "val_accuracy": 70.5}, {"seconds": 120.0, "val_accuracy": 80}]
+    tpsnet = [{"seconds": 600.0, "val_accuracy": 40.0}]
+    readme.accuracy_over_time(fast, tpsnet, epochs=300, published=94.84, path="fast.png")
     ours, paper, projected, end = figures[0].axes[0].lines
     assert (list(ours.get_xdata()), list(ours.get_ydata())) == ([1, 3], [70.5, 80])
     assert (list(paper.get_xdata()), list(paper.get_ydata())) == ([10], [40])
@@ -69,14 +73,14 @@ def test_confusion_matrix_writes_every_count_in_its_cell(figures):
 
 
 def test_calibration_is_drawn_for_bins_that_hold_images(figures):
-    count, confidence, accuracy = map(np.array, ([2, 0, 5], [30.0, 0.0, 90.0], [50.0, 0.0, 80.0]))
-    plots.calibration(count, confidence, accuracy, "calibration.png", "title")
+    count, confidence, accuracy = map(np.array, ([2, 0, 5], [30.0, 0.0, 90.0], [50.0, 0.0, 60.0]))
+    plots.calibration(Calibration(count, confidence, accuracy), "calibration.png", "title")
     top, bottom = figures[0].axes
-    assert [bar.get_height() for bar in top.patches] == [50, 0, 80]
+    assert [bar.get_height() for bar in top.patches] == [50, 0, 60]
     assert [bar.get_height() for bar in bottom.patches] == [2, 0, 5]
     at_mean, lower, upper, diagonal = top.lines
-    assert (list(at_mean.get_xdata()), list(at_mean.get_ydata())) == ([30, 90], [50, 80])
-    for i, score in enumerate((Score(0.0, 1, 2), Score(0.0, 4, 5))):
+    assert (list(at_mean.get_xdata()), list(at_mean.get_ydata())) == ([30, 90], [50, 60])
+    for i, score in enumerate((Score(0.0, 1, 2), Score(0.0, 3, 5))):
         ends = [line.get_ydata()[i] for line in (lower, upper)]
         assert ends == pytest.approx(score.interval)
     assert list(diagonal.get_xdata()) == list(diagonal.get_ydata()) == [0, 100]
@@ -99,8 +103,8 @@ def test_mistakes_stand_under_their_captions(figures, number):
     ids=str,
 )
 def test_architecture_is_drawn_from_the_model(figures, arguments):
-    model = ResNet(**arguments)
-    plots.architecture(model, "architecture.png", "title")
+    model = ResNet(Architecture(**arguments))
+    readme.architecture(model, "architecture.png", "title")
     texts = [text.get_text() for text in figures[0].axes[0].texts]
     drawn = sum(int(n.replace(",", "")) for n in re.findall(r"([\d,]+) param", " ".join(texts)))
     assert drawn == sum(p.numel() for p in model.parameters())
@@ -111,11 +115,44 @@ def test_architecture_is_drawn_from_the_model(figures, arguments):
 
 
 def test_output_shapes_leave_no_hook_behind():
-    model = ResNet((1,), 2, pool_kernel=32)
-    shapes = plots.output_shapes(model)
+    model = ResNet(Architecture((1,), 2, pool_kernel=32))
+    shapes = readme.output_shapes(model)
     assert shapes["stages.0"] == (4, 32, 32)
     assert shapes["pool"] == (4, 1, 1)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_benchmark_shows_medians_from_the_smallest_batch_to_the_largest(figures):
+    result = {
+        "preset": "tpsnet",
+        "num_params": 4_959_770,
+        "macs": 724e6,
+        "batch_size": 128,
+        "contestants": ["ours", "classical script"],
+        "images_per_second": {
+            name: [[80, 82, 90], [34, 35, 30]] for name in ("data", "step", "epoch", "evaluate")
+        },
+        "memory_bytes": [1.1e9, 2.2e9],
+        "scaling": {32: [[60, 61, 62], [30, 31, 32]], 128: [[70, 71, 72], [33, 34, 35]]},
+    }
+    readme.benchmark(json.loads(json.dumps(result)), "benchmark.png")
+    speed, memory, scaling = figures[0].axes
+    assert [bar.get_height() for bar in speed.patches] == [82] * 3 + [34] * 3
+    assert [bar.get_height() for bar in memory.patches] == [1.1, 2.2]
+    for line, medians in zip(scaling.lines, ([61, 71], [31, 34]), strict=True):
+        assert (list(line.get_xdata()), list(line.get_ydata())) == ([32, 128], medians)
+    assert scaling.get_legend_handles_labels()[1] == ["ours", "classical script"]
+
+
+def test_every_figure_of_the_readme_can_be_drawn_again(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(path.as_posix()))
+    monkeypatch.chdir(ROOT)
+    readme.main([])
+    assert {"images/architecture.png", "images/fast.png"} < set(drawn)
+    assert {f"images/{name}" for name in plots.EFFECTS} < set(drawn)
+    assert ("images/benchmark.png" in drawn) == Path("studies/benchmark.json").exists()
+    assert all(Path(path).exists() for path in drawn)
 
 
 def test_figures_are_png_files(tmp_path):

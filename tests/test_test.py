@@ -7,18 +7,12 @@ import pytest
 import torch
 from conftest import run, run_main
 
+from checkpoint import load_model, save_model
 from data import load_dataset
-from model import ResNet, load_model, model_cost, save_model
-from test import (
-    CALIBRATION_BINS,
-    calibrate,
-    confusion,
-    find_checkpoint,
-    main,
-    mcnemar,
-    worst_mistakes,
-)
-from utils import InputError, Score, evaluate, score
+from metrics import CALIBRATION_BINS, Score, calibrate, evaluate, score
+from model import Architecture, ResNet, model_cost
+from test import confusion, find_checkpoint, main, mcnemar, worst_mistakes
+from utils import InputError
 
 
 def test_repeats_exactly_what_training_printed(demo):
@@ -33,7 +27,7 @@ def test_repeats_exactly_what_training_printed(demo):
     assert written["accuracy"] == info["accuracy"]["test"] == 100 * written["correct"] / 359
     assert written["total"] == 359
     assert written["tta"] is None
-    cost = model_cost(**info["architecture"])
+    cost = model_cost(Architecture(**info["architecture"]))
     assert (written["num_params"], written["macs"]) == (cost.num_params, cost.macs)
     counts = torch.tensor(written["confusion"])
     assert counts.trace() == written["correct"]
@@ -72,13 +66,14 @@ def test_flip_tta_is_reported_apart(demo, monkeypatch, capsys):
 
 
 def test_evaluation_leaves_no_trace_and_uses_the_running_statistics():
-    model = ResNet(num_blocks=(1,), c1=2, pool_kernel=32, dropout=0.5).train()
+    model = ResNet(Architecture((1,), 2, pool_kernel=32, dropout=0.5)).train()
     images = torch.randint(0, 256, (7, 3, 32, 32), dtype=torch.uint8)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     all_logits = evaluate(model, images, lambda x: x / 255)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     one_by_one = torch.cat([evaluate(model, image[None], lambda x: x / 255) for image in images])
     torch.testing.assert_close(all_logits, one_by_one)
+    assert model.training
 
 
 def test_score_and_its_interval():

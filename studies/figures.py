@@ -1,0 +1,265 @@
+"""Draw the README's figures: architecture, benchmark, accuracy over time, a search's effects.
+
+python -m studies.figures    # writes images/*.png from the files in studies/
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Polygon
+from torch import nn
+
+import plots
+import utils
+from model import ResNet
+from plots import BLUE, GREY, ORANGE
+
+
+def architecture(model: ResNet, path: str | Path, title: str) -> None:
+    """A network's feature maps, drawn to scale, and its two kinds of block.
+
+    A map's height is proportional to the square root of its side, its width to that of its
+    channels.
+    """
+    shapes = output_shapes(model)
+    arguments = model.architecture
+    kernels = [stage[0].conv1.kernel_size[0] for stage in model.stages]
+    maps = [("image", "", shapes["image"])]
+    maps.append(("stem", f"3x3 conv\n{parameters(model.conv1, model.bn1)}", shapes["relu"]))
+    for i, stage in enumerate(model.stages):
+        text = f"{arguments.num_blocks[i]} blocks, {kernels[i]}x{kernels[i]}\n{parameters(stage)}"
+        maps.append((f"stage {i + 1}", text, shapes[f"stages.{i}"]))
+    window = arguments.pool_kernel
+    maps.append(("pool", f"{window}x{window} average\n", shapes["pool"]))
+    maps.append(("linear", f"logits\n{parameters(model.linear)}", shapes["linear"]))
+
+    figure = Figure(figsize=(10, 5.2), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlim=(0, 100), ylim=(-1, 51), aspect="equal")
+    axes.axis("off")
+    axes.text(1, 49.5, title, fontsize=13, weight="bold", va="center")
+    pitch = 100 / len(maps)
+    right = 0.0  # edge of the map before
+    for i, (name, text, shape) in enumerate(maps):
+        channels, side = shape[0], shape[1] if len(shape) > 1 else 1
+        center = pitch * (i + 0.5)
+        width, height = 0.75 * channels**0.5, 2.5 * side**0.5
+        if i:
+            draw_arrow(axes, (right + 0.4, 35), (center - width / 2 - 0.4, 35))
+        right = draw_map(axes, center, 35, width, height, BLUE if "stage" in name else GREY)
+        size = "x".join(str(n) for n in shape)
+        axes.text(center, 25, name, ha="center", va="top", weight="bold", fontsize=10)
+        axes.text(
+            center, 22.8, f"{size}\n{text}", ha="center", va="top", fontsize=8.5, linespacing=1.35
+        )
+
+    conv = f"{kernels[0]}x{kernels[0]} conv"
+    branch = [conv, "BN", "ReLU", conv, "BN"]
+    if arguments.dropout:
+        branch.insert(3, f"dropout {arguments.dropout:g}")
+    draw_block(axes, 1, "block", branch, "identity")
+    projections = [s[0].shortcut for s in model.stages if isinstance(s[0].shortcut, nn.Sequential)]
+    if projections:
+        skip = projections[0][0].kernel_size[0]
+        draw_block(axes, 51, "first block of a stage", branch, f"{skip}x{skip} conv, BN")
+    plots.save(figure, path)
+
+
+def output_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shape of every module's last output for one image, without the batch dimension, by name."""
+    shapes = {"image": (3, 32, 32)}
+    handles = [
+        module.register_forward_hook(
+            lambda _module, _inputs, output, name=name: shapes.__setitem__(name, output.shape[1:])
+        )
+        for name, module in model.named_modules()
+    ]
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, *shapes["image"]))
+    for handle in handles:
+        handle.remove()
+    return {name: tuple(shape) for name, shape in shapes.items()}
+
+
+def parameters(*modules: nn.Module) -> str:
+    """The label with the modules' parameter count."""
+    count = sum(p.numel() for module in modules for p in module.parameters())
+    return f"{count:,} param."
+
+
+def draw_map(axes: Axes, x: float, y: float, width: float, height: float, color: str) -> float:
+    """Draw a feature map as a box centered on (x, y); returns the x of its right edge."""
+    skew = np.array([0.28, 0.2]) * height
+    left, low = x - width / 2, y - height / 2
+    corners = np.array(
+        [[left, low], [left + width, low], [left + width, low + height], [left, low + height]]
+    )
+    top = [corners[3], corners[2], corners[2] + skew, corners[3] + skew]
+    side = [corners[1], corners[2], corners[2] + skew, corners[1] + skew]
+    for face, shade in ((corners, 0.85), (top, 0.45), (side, 0.65)):
+        axes.add_patch(
+            Polygon(face, facecolor=color, alpha=shade, edgecolor="white", linewidth=0.8)
+        )
+    return left + width + skew[0]
+
+
+def draw_arrow(
+    axes: Axes, start: tuple[float, float], end: tuple[float, float], color: str = "black"
+) -> None:
+    """Draw a thin arrow."""
+    arrow = FancyArrowPatch(
+        start, end, arrowstyle="-|>", mutation_scale=8, color=color, linewidth=1,
+        shrinkA=0, shrinkB=0,
+    )  # fmt: skip
+    axes.add_patch(arrow)
+
+
+def draw_block(axes: Axes, x: float, name: str, branch: list[str], shortcut: str) -> None:
+    """Draw a residual block, 47 units wide: its branch below, its shortcut above."""
+    axes.text(x, 12, name, fontsize=10, weight="bold", va="center")
+    y, skip_y, left = 1, 7, x + 3
+    gap = (36 - sum(map(box_width, branch))) / len(branch)
+    draw_arrow(axes, (x, y), (left, y))
+    for part in branch:
+        right = draw_box(axes, left, y, part, BLUE)
+        left = right + gap
+        draw_arrow(axes, (right, y), (left, y))
+    plus = left + 0.9
+    axes.text(plus, y, "+", ha="center", va="center", fontsize=11)
+    draw_arrow(axes, (plus + 0.9, y), (plus + 2.5, y))
+    draw_box(axes, plus + 2.5, y, "ReLU", BLUE)
+    # The shortcut leaves before the branch and comes back at the sum.
+    axes.plot([x + 1.2, x + 1.2, plus], [y, skip_y, skip_y], color=ORANGE, linewidth=1.2)
+    draw_arrow(axes, (plus, skip_y), (plus, y + 1.2), ORANGE)
+    draw_box(axes, (x + plus - box_width(shortcut)) / 2, skip_y, shortcut, ORANGE)
+
+
+def box_width(text: str) -> float:
+    """Width of a box around `text`."""
+    return 0.95 * len(text) + 1.3
+
+
+def draw_box(axes: Axes, x: float, y: float, text: str, color: str) -> float:
+    """Draw a rounded, labelled box from x, centered on height y; returns its right edge."""
+    box = FancyBboxPatch(
+        (x, y - 1.5), box_width(text), 3, boxstyle="round,pad=0,rounding_size=0.8",
+        facecolor="white", edgecolor=color, linewidth=1.2, zorder=3,
+    )  # fmt: skip
+    axes.add_patch(box)
+    center = x + box_width(text) / 2
+    axes.text(center, y, text, ha="center", va="center", fontsize=8.5, zorder=4)
+    return x + box_width(text)
+
+
+def benchmark(result: dict[str, object], path: str | Path) -> None:
+    """Speed and memory of our loop beside the classical script's, from benchmark.py's JSON."""
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    figure.suptitle(
+        f"{result['preset']}: {result['num_params'] / 1e6:.2f}M parameters,"
+        f" {result['macs'] / 1e6:,.0f} M MACs per image; medians, smallest to largest"
+    )
+    speed, memory, scaling = figure.subplots(1, 3, width_ratios=(1.2, 0.7, 1.2))
+    colors, names = (BLUE, ORANGE), result["contestants"]
+
+    shown = {"step": "training\nstep", "epoch": "whole\nepoch", "evaluate": "evaluation"}
+    for i, (name, color) in enumerate(zip(names, colors, strict=True)):
+        rates = np.array([result["images_per_second"][key][i] for key in shown])
+        middle = np.median(rates, axis=1)
+        errors = np.stack([middle - rates.min(axis=1), rates.max(axis=1) - middle])
+        places = np.arange(len(shown)) + 0.38 * (i - 0.5)
+        bars = speed.bar(places, middle, 0.36, yerr=errors, color=color, label=name, capsize=2)
+        speed.bar_label(bars, fmt="%.0f", fontsize=8, padding=2)
+    speed.set_xticks(range(len(shown)), shown.values())
+    speed.set(title=f"images/s at batch {result['batch_size']}")
+    speed.margins(y=0.15)
+
+    bars = memory.bar(names, [m / 1e9 for m in result["memory_bytes"]], color=colors)
+    memory.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
+    memory.set_xticks(range(2), [name.replace(" ", "\n") for name in names])
+    memory.set(title="peak memory, GB\nabove the bare process")
+    memory.margins(y=0.1)
+
+    sizes = [int(size) for size in result["scaling"]]  # strings in JSON
+    for i, (name, color) in enumerate(zip(names, colors, strict=True)):
+        rates = np.array([pair[i] for pair in result["scaling"].values()])
+        scaling.fill_between(sizes, rates.min(axis=1), rates.max(axis=1), color=color, alpha=0.2)
+        scaling.plot(sizes, np.median(rates, axis=1), "o-", color=color, markersize=4, label=name)
+    scaling.set_xscale("log", base=2)
+    scaling.set_xticks(sizes, sizes)
+    scaling.minorticks_off()
+    scaling.set_ylim(bottom=0)
+    scaling.set(title="training step, images/s", xlabel="batch size")
+    scaling.legend(frameon=False, loc="center right")
+    for axes in (speed, memory, scaling):
+        axes.spines[["top", "right"]].set_visible(False)
+    plots.save(figure, path)
+
+
+def accuracy_over_time(
+    fast: list[dict[str, float | None]],
+    tpsnet: list[dict[str, float | None]],
+    epochs: int,
+    published: float,
+    path: str | Path,
+) -> None:
+    """Validation accuracy over training time: the preset `fast` beside the paper's recipe.
+
+    Args:
+        fast: log of a whole run.
+        tpsnet: log of the first epochs of the paper's recipe, on the same machine.
+        epochs: number of epochs of the paper's recipe, to which its time is extrapolated.
+        published: its test accuracy after them, in percent.
+    """
+    figure = Figure(figsize=(8, 3.8), layout="constrained")
+    axes = figure.subplots()
+    ends = []
+    for rows, color, label in (
+        (fast, BLUE, f"fast: {len(fast)} epochs"),
+        (tpsnet, ORANGE, f"tpsnet: the first {len(tpsnet)} of {epochs} epochs"),
+    ):
+        minutes = np.cumsum([row["seconds"] for row in rows]) / 60
+        accuracy = [row["val_accuracy"] for row in rows]
+        axes.plot(minutes, accuracy, "o-", color=color, markersize=3, label=label)
+        ends.append((minutes[-1], accuracy[-1]))
+    (start, accuracy), total = ends[1], ends[1][0] * epochs / len(tpsnet)
+    axes.plot([start, total], [accuracy, published], ":", color=ORANGE)
+    axes.plot(total, published, "o", color=ORANGE, fillstyle="none")
+    axes.annotate(
+        f"{published}% as published\n(on the test set),\n{total / 60:.0f} hours as projected",
+        (total, published), xytext=(36, -60), textcoords="offset points", ha="right", va="top",
+    )  # fmt: skip
+    axes.annotate(
+        f"{ends[0][1]:.2f}%\n{ends[0][0]:.0f} minutes", ends[0],
+        xytext=(6, -8), textcoords="offset points", va="top",
+    )  # fmt: skip
+    axes.set_xscale("log")
+    ticks = {1: "1 min", 10: "10 min", 60: "1 h", 600: "10 h", 6000: "100 h"}
+    axes.set_xticks(list(ticks), ticks.values())
+    axes.minorticks_off()
+    axes.set(xlabel="training time", ylabel="validation accuracy, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, loc="lower right")
+    plots.save(figure, path)
+
+
+def main(_args: list[str]) -> None:
+    """Draw them all; the benchmark's only if there is a studies/benchmark.json."""
+    images, studies = Path("images"), Path("studies")
+    architecture(ResNet(), images / "architecture.png", "TPSNet: [13, 13, 13] blocks, C1 = 16")
+    measured = studies / "benchmark.json"
+    if measured.exists():
+        benchmark(json.loads(measured.read_text(encoding="utf-8")), images / "benchmark.png")
+    logs = [utils.read_csv(studies / f"fast/{name}-validation.csv") for name in ("fast", "tpsnet")]
+    accuracy_over_time(*logs, epochs=300, published=94.84, path=images / "fast.png")
+    options = json.loads((studies / "search/search.json").read_text(encoding="utf-8"))
+    caption = "{num_samples} trials, {epochs} epochs of {train_size:,} images".format_map(options)
+    plots.effects(utils.read_csv(studies / "search/trials.csv"), images, caption)
+
+
+if __name__ == "__main__":
+    utils.run_script(main)

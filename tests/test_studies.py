@@ -1,0 +1,130 @@
+import statistics
+
+import pytest
+from conftest import ROOT
+
+import utils
+from config import check_config
+from studies import ablation
+from studies.best import run as best
+
+
+@pytest.mark.parametrize("change", ablation.CHANGES)
+def test_every_run_can_be_trained_and_validated(change):
+    config = ablation.configuration(change, seed=1)
+    check_config(config)
+    assert (config.seed, config.val_size > 0, config.resume) == (1, True, True)
+    unchanged = ablation.configuration("base", seed=1)
+    assert (config.name == unchanged.name) == (change == "base")
+
+
+def test_table_holds_the_mean_of_the_seeds_beside_the_base(monkeypatch, capsys):
+    accuracy = {"base": 80.0, "proxy": 81.5}
+
+    def fake_train(config):
+        assert config.resume
+        _, change, seed = config.name.split("-")
+        log = [
+            {"seconds": 300.0, "val_loss": 1.0, "val_accuracy": 10.0},
+            {"seconds": 600.0, "val_loss": 0.5, "val_accuracy": accuracy[change] + int(seed)},
+        ]
+        return log, None
+
+    monkeypatch.setattr(ablation, "train", fake_train)
+    monkeypatch.setattr(ablation, "CHANGES", {name: ablation.CHANGES[name] for name in accuracy})
+    ablation.main([])
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "| base | 2 | 15.0 | 80.50% (80.00, 81.00) | +0.00 |",
+        "| proxy | 2 | 15.0 | 82.00% (81.50, 82.50) | +1.50 |",
+    ]
+    assert [
+        (row["change"], row["seed"], row["val_accuracy"])
+        for row in utils.read_csv("studies/ablation.csv")
+    ] == [("base", 0, 80.0), ("proxy", 0, 81.5), ("base", 1, 81.0), ("proxy", 1, 82.5)]
+
+
+def test_page_of_fast_has_the_results_of_the_ablation():
+    page = (ROOT / "docs/fast.md").read_text(encoding="utf-8")
+    rows = utils.read_csv(ROOT / "studies/ablation.csv")
+    assert {row["change"] for row in rows} == set(ablation.CHANGES)
+    for change in ablation.CHANGES:
+        found = [row for row in rows if row["change"] == change]
+        assert [row["seed"] for row in found] == list(ablation.SEEDS)
+        assert f"| {found[0]['epochs']} | {mean_of(found)} |" in page
+
+
+def mean_of(rows):
+    """A cell of a table: the mean of the runs, and each of them."""
+    each = [row["val_accuracy"] for row in rows]
+    return f"{statistics.mean(each):.2f}% ({', '.join(f'{a:.2f}' for a in each)})"
+
+
+@pytest.mark.parametrize("change", best.CHANGES)
+def test_every_run_for_best_can_be_trained_and_validated(change):
+    config = best.configuration(change, seed=1)
+    check_config(config)
+    assert (config.seed, config.val_size, config.train_size) == (1, 5000, 4000)
+    assert (config.warmup_epochs, config.resume) == (3, True)
+
+
+def test_csv_of_best_gets_a_row_per_run_and_keeps_those_without_code(monkeypatch):
+    def fake_train(config):
+        row = {"train_accuracy": 90.0, "val_loss": 0.5, "val_accuracy": 70.0 + config.seed}
+        return [row] * config.epochs, None
+
+    monkeypatch.setattr(best, "train", fake_train)
+    old = [
+        {"change": change, "seed": 0, "epochs": 1, "train_accuracy": 1, "val_loss": 1,
+         "val_accuracy": 1.5} for change in ("base", "zero-gamma")
+    ]  # fmt: skip
+    utils.write_csv(best.CSV, old)
+    best.main(["1"])
+    assert utils.read_csv(best.CSV) == old
+    best.main([])
+    new = utils.read_csv(best.CSV)
+    assert new[-1] == old[1]
+    assert [
+        (row["change"], row["seed"], row["epochs"], row["val_accuracy"]) for row in new[:-1]
+    ] == [
+        (change, seed, best.configuration(change, seed).epochs, 70.0 + seed)
+        for change in best.CHANGES
+        for seed in (0, 1)
+    ]
+
+
+def runs_of(path):
+    """The rows of a CSV by change, in the order of their seeds."""
+    runs = {}
+    for row in utils.read_csv(ROOT / path):
+        found = runs.setdefault(row["change"], [])
+        assert row["seed"] == len(found)
+        found.append(row)
+    return runs
+
+
+def cells(change, runs):
+    """The last two cells of a change's row: the mean of its runs, the difference to the base."""
+    base = "base-100" if change.endswith("-100") else "base"
+    means = [statistics.mean(row["val_accuracy"] for row in runs[name]) for name in (change, base)]
+    shown = f"| {mean_of(runs[change])} |"
+    return shown + (" |" if change == base else f" {means[0] - means[1]:+.2f} |")
+
+
+def test_page_of_best_has_what_was_repeated():
+    page = (ROOT / "docs/best.md").read_text(encoding="utf-8")
+    runs = runs_of("studies/best/best.csv")
+    assert set(runs) == {*best.CHANGES, "zero-gamma"}
+    for change, rows in runs.items():
+        if change in best.CHANGES:
+            assert {row["epochs"] for row in rows} == {best.configuration(change, 0).epochs}
+        assert page.count(cells(change, runs)) == 1, change
+
+
+def test_page_of_best_has_every_candidate():
+    page = (ROOT / "docs/best.md").read_text(encoding="utf-8")
+    runs = runs_of("studies/best/candidates.csv")
+    lines = [line for line in page.splitlines() if line.startswith("| ") and "% (" in line]
+    repeated = set(runs_of("studies/best/best.csv"))
+    assert len(lines) == len(runs) + len(repeated) > 25
+    for change in runs:
+        assert sum(cells(change, runs) in line for line in lines) == 1, change
