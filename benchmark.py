@@ -28,14 +28,13 @@ import torch
 from torch import Tensor, nn
 
 import utils
-from augment import train_batches
+from augment import Augmentation, train_batches
 from config import PRESETS, Config
 from data import FACTS, Dataset, Split
 from distributed import compute_dtype, dtype_name, init_processes
 from learner import PROXY_INTERVAL, Learner, Proxy
 from metrics import LOG_INTERVAL, evaluate
 from model import ModelCost, ResNet, model_cost
-from train import make_augmentation
 from utils import InputError
 
 ROUNDS = 5
@@ -70,7 +69,7 @@ class Ours:
     def __init__(self, config: Config) -> None:
         self.device = init_processes()
         self.data = noise(50_000).to(self.device)
-        self.augmentation = make_augmentation(config)
+        self.augmentation = utils.part_of(config, Augmentation)
         self.keep_fraction = config.keep_fraction
         # So many steps per epoch that the learning rate hardly falls in a measurement.
         parts = (config, self.data, self.device, 10_000)

@@ -18,7 +18,7 @@ with pooling instead of a stride.
 multiply-accumulates and activation memory of any architecture without allocating it.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from utils import IMAGE_SIZE, InputError, Range, check_fields
+from utils import IMAGE_SIZE, InputError, Range, check_fields, part_of
 
 MAX_PARAMS = 5_000_000  # the project's budget
 
@@ -60,13 +60,6 @@ class Architecture:
     """Halve the resolution by a stride, or begin every stage with a convolution and max pooling."""
     num_classes: Annotated[int, Range(2, 100_000)] = 10
     """Classes to tell apart; CIFAR-10 and the digits have 10."""
-
-
-def architecture_of(config: Architecture) -> Architecture:
-    """The architecture alone, of a configuration that says more."""
-    return Architecture(
-        **{field.name: getattr(config, field.name) for field in fields(Architecture)}
-    )
 
 
 class BasicBlock(nn.Module):
@@ -118,7 +111,7 @@ class ResNet(nn.Module):
         super().__init__()
         check_architecture(architecture)
         # Kept so that a saved model can explain itself.
-        self.architecture = a = architecture_of(architecture)
+        self.architecture = a = part_of(architecture, Architecture)
         conv_kernels = per_stage(a.conv_kernel, len(a.num_blocks))
         skip_kernels = per_stage(a.skip_kernel, len(a.num_blocks))
 

@@ -46,20 +46,8 @@ from config import (
 from data import Dataset, Split, load_dataset
 from learner import Batch, Learner, Proxy
 from metrics import Metrics, Row, Score, WandbRun, evaluate, score
-from model import architecture_of, model_cost
+from model import Architecture, model_cost
 from utils import IMAGE_SIZE, InputError
-
-
-def make_augmentation(config: Config) -> Augmentation:
-    """What is done to the training images."""
-    return Augmentation(
-        config.crop_padding,
-        config.padding_mode,
-        config.rotation_degrees,
-        config.flip,
-        config.cutout_size,
-        config.auto_augment,
-    )
 
 
 def train(
@@ -99,7 +87,10 @@ def train(
             )
     check_batches(config, len(data.train), distributed.num_processes())
     if config.num_classes != len(data.class_names):
-        raise InputError(f"num_classes: {config.num_classes}; {data.name} has 10, use that")
+        raise InputError(
+            f"num_classes: {config.num_classes}, but {data.name} has {len(data.class_names)}; use"
+            " that"
+        )
     check_images(state, data.fingerprint)
 
     data = data.to(device)
@@ -112,7 +103,7 @@ def train(
     parts = {"learner": learner, "metrics": metrics} | ({"proxy": proxy} if proxy else {})
     if state:
         restore(state, parts, folder)
-    augmentation = make_augmentation(config)
+    augmentation = utils.part_of(config, Augmentation)
 
     def batches(epoch: int, first_step: int) -> Iterator[Batch]:
         """What an epoch trains on, from its step `first_step` (from 0) on."""
@@ -232,8 +223,9 @@ def print_plan(
 
 def describe(config: Config, data: Dataset, device: torch.device) -> dict[str, object]:
     """What a model file says of the run it comes from."""
-    network = architecture_of(config)
-    same = (name for name, preset in PRESETS.items() if architecture_of(preset) == network)
+    networks = {name: utils.part_of(preset, Architecture) for name, preset in PRESETS.items()}
+    network = utils.part_of(config, Architecture)
+    same = (name for name, preset in networks.items() if preset == network)
     return {
         "preset": next(same, "custom"),  # the named network, if it is one
         "dataset": data.name,

@@ -16,12 +16,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
-import torch.distributed as dist
 
 IMAGE_SIZE = 32  # pixels, both sides
 TEMPORARY = ".tmp-"  # how the name of what is being written begins
@@ -90,8 +90,8 @@ def check_integer(name: str, value: object, low: int, high: int | None = None) -
 
 def check_number(name: str, value: object, low: float, high: float) -> None:
     """Raise InputError, naming the field, unless `value` is a number from `low` to `high`."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high:  # nan compares false
+    is_number = isinstance(value, int | float) and type(value) is not bool
+    if not (is_number and low <= value <= high):  # nan compares false
         raise InputError(f"{name}: {value!r} must be a number from {low} to {high}")
 
 
@@ -140,8 +140,8 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         print_error(f"error: {error}")
         sys.exit(2)
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def parse_command_line(target: Callable, args: list[str], **options: object) -> object:
@@ -164,8 +164,7 @@ def parse_command_line(target: Callable, args: list[str], **options: object) -> 
     except SystemExit as stop:
         if not stop.code:  # -h
             raise
-    # A box (of ASCII where the terminal has no UTF-8): a title, rules, and paragraphs, of which
-    # the first says what is wrong.
+    # A box: a title, rules, and paragraphs, of which the first says what is wrong.
     lines = [line.strip("│╭╮╰╯ ") for line in printed.getvalue().splitlines()[1:]]
     paragraphs = itertools.groupby(lines, key=lambda line: line.strip("─-") != "")
     message = next(" ".join(lines) for is_text, lines in paragraphs if is_text)
@@ -261,6 +260,11 @@ def read_csv(path: str | Path) -> list[dict[str, int | float | str | None]]:
         return [{name: value(cell) for name, cell in row.items()} for row in csv.DictReader(file)]
 
 
+def part_of(config: object, kind: type) -> object:
+    """The dataclass `kind` of the fields that `config` has under the same names."""
+    return kind(**{field.name: getattr(config, field.name) for field in fields(kind)})
+
+
 def from_json(kind: type, values: dict[str, object]) -> object:
     """The dataclass `kind` of what JSON made of its fields, which has no tuples."""
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
@@ -283,15 +287,14 @@ def generator(*key: object) -> torch.Generator:
 def git_commit() -> str:
     """The commit of these scripts, with `-dirty` after it if they were edited; or `unknown`."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    options = {"cwd": Path(__file__).resolve().parent, "stderr": subprocess.DEVNULL, "text": True}
     try:
-        here = Path(__file__).resolve().parent
-        result = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
+        return subprocess.check_output(command, **options).strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return result.stdout.strip()
 
 
 def library_versions() -> dict[str, str]:
     """Versions of Python and of the libraries that decide a result."""
-    others = {name: importlib.metadata.version(name) for name in ("torchvision", "numpy")}
-    return {"python": platform.python_version(), "torch": torch.__version__} | others
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    return versions | {name: importlib.metadata.version(name) for name in ("torchvision", "numpy")}

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 import model
 from checkpoint import load_model, save_model
 from config import PRESETS
-from model import Architecture, ResNet, architecture_of, check_budget, model_cost
-from utils import InputError
+from model import Architecture, ResNet, check_budget, model_cost
+from utils import InputError, part_of
 
 SMALL = {"num_blocks": (1, 1, 1), "c1": 4}
 INFO = {
@@ -40,7 +40,7 @@ def test_named_networks_have_the_sizes_in_the_docstring():
         "fast": 4_342_042,
     }
     for name, num_blocks, c1, size in rows:
-        architecture = architecture_of(PRESETS[name])
+        architecture = part_of(PRESETS[name], Architecture)
         assert (architecture.num_blocks, architecture.c1) == (num_blocks, c1)
         if name != "fast":  # the paper's networks differ in nothing else
             assert architecture == Architecture(num_blocks, c1)

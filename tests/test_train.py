@@ -26,10 +26,10 @@ from config import CLAIMS, PRESETS, Config, Recipe, Run, record
 from data import load_dataset
 from learner import Learner, Proxy
 from metrics import Score
-from model import Architecture, ResNet, architecture_of
+from model import Architecture, ResNet
 from optim import lr_factor, make_average
 from train import main, train, train_seeds
-from utils import InputError, generator
+from utils import InputError, generator, part_of
 
 
 def read_log(name):
@@ -73,7 +73,7 @@ def test_schedules():
 def test_every_step_is_taken_at_its_rate(tiny, optimizer):
     """Of both optimizers, and after loading a state of a shorter schedule too."""
     data, cpu = load_dataset("digits"), torch.device("cpu")
-    batch = next(train_batches(data, train_script.make_augmentation(tiny), 8, 0, 1))
+    batch = next(train_batches(data, part_of(tiny, Augmentation), 8, 0, 1))
     config = replace(tiny, schedule="linear", epochs=2, optimizer=optimizer, adam_lr=0.01)
     short = Learner(config, data, cpu, steps_per_epoch=2)
     long = Learner(replace(config, epochs=4), data, cpu, steps_per_epoch=2)
@@ -118,7 +118,7 @@ def test_training_is_sgd_on_the_mean_cross_entropy(tiny, nesterov):
 
 
 def test_images_of_best_are_augmented_as_its_constants_say():
-    augmentation = train_script.make_augmentation(PRESETS["best"])
+    augmentation = part_of(PRESETS["best"], Augmentation)
     assert augmentation == Augmentation(4, "zeros", 0.0, "random", 8, True)
 
 
@@ -243,7 +243,8 @@ def test_model_file_explains_itself(demo):
     folder, _ = demo
     _, info = load_model(folder / "model.safetensors")
     digits = load_dataset("digits")
-    assert info["architecture"] == json.loads(json.dumps(asdict(architecture_of(PRESETS["demo"]))))
+    network = part_of(PRESETS["demo"], Architecture)
+    assert info["architecture"] == json.loads(json.dumps(asdict(network)))
     assert info["preset"] == "demo"
     assert info["dataset"] == "digits"
     assert tuple(info["mean"]) == digits.mean
@@ -357,7 +358,7 @@ def make_proxy(tiny, keep):
     data, cpu = load_dataset("digits"), torch.device("cpu")
     config = replace(tiny, keep_fraction=keep)
     proxy = Proxy(replace(config, bfloat16=False), data, cpu, steps_per_epoch=9)
-    augmentation = train_script.make_augmentation(config)
+    augmentation = part_of(config, Augmentation)
     return proxy, list(itertools.islice(train_batches(data, augmentation, 40, 0, 1), 9))
 
 
