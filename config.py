@@ -172,9 +172,9 @@ CLAIMS = {
     "tpsnet": "94.84% as published, not repeated here yet: the paper's network",
     "model1": "94.02% as published, not repeated here yet: wider, [3, 3, 3] blocks",
     "model2": "94.24% as published, not repeated here yet: [7, 7, 7] blocks",
-    "fast": "94.98% (1 run, 109 minutes on two cores of an AMD EPYC)",
+    "fast": "94.98% (1 run, 109 min on two cores of an AMD EPYC, commit 3343dd1)",
     "best": "not trained yet, wants a GPU: for the highest accuracy",
-    "demo": "99.72% of the digits (1 run, 2 minutes on two cores of an AMD EPYC)",
+    "demo": "99.72% of the digits (1 run, under 2 min on two cores of an EPYC)",
 }
 
 

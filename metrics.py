@@ -191,7 +191,8 @@ class Metrics:
             (_, start), *rest = self._timed  # the first one warms up
             pace = (rest[-1][1] - start) / sum(images for images, _ in rest)
             left = (self.epochs - self.epoch) * self.images_per_epoch - self.seen
-            tqdm.write(f"estimated time on this CPU: {duration(pace * left)}")
+            if left:
+                tqdm.write(f"estimated time on this CPU: {duration(pace * left)}")
 
     def synchronize(self) -> None:
         """Read what was noted since the last time, which waits for the device.
