@@ -1,8 +1,9 @@
-"""search.py with a space of tiny networks; in it the first two trials fail once, each its own way.
+"""search.py with a space of tiny networks, and with trials that fail as the environment asks.
 
-python tests/tiny_search.py demo --num-samples 6 --epochs 2
+    FAULTS=two python tests/tiny_search.py demo --num-samples 6 --epochs 2
 
-With GREEDY=1 in the environment, only the first one fails: it takes 6 GB, and Ray is to kill it.
+FAULTS=two: the first two trials fail once, each its own way. FAULTS=greedy: the first one takes
+6 GB, and Ray is to kill it. FAULTS=full: they all find the disk full.
 """
 
 import os
@@ -16,33 +17,41 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import search
 import utils
 
-search.SPACE |= {
+TINY = search.SPACE | {
     "num_blocks": (1, 2),
     "c1": range(2, 5),
     "conv_kernel": (1, 3),
     "optimizer": ("sgd",),
     "batch_size": (128, 256),
 }
-train_trial = search.run_trial
+FAULTS = os.environ.get("FAULTS", "")
+run_trial, train = search.run_trial, search.train
 
 
-def run_trial(trial, search, root, data):
-    """Train it, but for the first time of the first two."""
-    if os.environ.get("GREEDY"):
+def run_faulty(trial, trials, root, data):
+    """Run a trial whose training fails."""
+
+    def train_faulty(config, *args):
+        number = trial["number"]
         taken = []
-        while trial["number"] == 1 and len(taken) < 60:
+        while FAULTS == "greedy" and number == 1 and len(taken) < 60:
             taken.append(b"x" * 100_000_000)
             time.sleep(0.05)
-        return train_trial(trial, search, root, data)
-    mark = Path(root, f"failed-{trial['number']}")
-    if trial["number"] <= 2 and not mark.exists():
-        mark.touch()
-        if trial["number"] == 1:
-            raise MemoryError("no memory is left\nfor this")
-        os.kill(os.getpid(), signal.SIGKILL)
-    return train_trial(trial, search, root, data)
+        if FAULTS == "full":
+            raise utils.InputError(f"{config.name}/last.pt: cannot be written (No space left)")
+        mark = Path(root, f"failed-{number}")
+        if FAULTS == "two" and number <= 2 and not mark.exists():
+            mark.touch()
+            if number == 1:
+                raise MemoryError("no memory is left\nfor this")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return train(config, *args)
+
+    search.train = train_faulty
+    run_trial(trial, trials, root, data)
 
 
 if __name__ == "__main__":
-    search.run_trial = run_trial
-    utils.run_script(search.main)
+    if FAULTS:
+        search.run_trial = run_faulty
+    utils.run_script(lambda args: search.main(args, TINY))

@@ -1,11 +1,11 @@
-"""What the search in docs/search tells, and how far its short trainings can be trusted.
+"""What the search in studies/search tells, and how far its short trainings can be trusted.
 
-    python -m docs.answers longer    # trains some of its configurations four times as long
-    python -m docs.answers           # prints the answers that the README gives
+    python -m studies.search.answers longer    # trains some of its networks four times as long
+    python -m studies.search.answers           # prints the answers that docs/search.md gives
 
 `longer` takes every fifth trial, from the most accurate to the least, and trains its network as the
-search did, but for four times the epochs; it writes docs/search/longer.csv. What was trained before
-is not trained again, what was cut off goes on.
+search did, but for four times the epochs; it writes longer.csv. What was trained before is not
+trained again, what was cut off goes on.
 """
 
 import json
@@ -15,37 +15,37 @@ from dataclasses import replace
 import numpy as np
 
 import plots
-import search
+import trials
 import utils
+from config import Config
 from data import load_dataset
-from docs.small_search import FOLDER
-from train import CHECKPOINTS, Config, has_state, train
+from metrics import Row
+from studies.search.run import FOLDER
+from train import train
+from trials import METRIC, SPACE, Search
 from utils import InputError
 
 EVERY, LONGER = 5, 4
 DRAWS = 2000  # of a bootstrap
-Row = dict[str, object]
 
 
-def load() -> tuple[str, search.Search, list[Row]]:
+def load() -> tuple[str, Search, list[Row]]:
     """The search's preset and options, and its trials with an accuracy, the highest first."""
     options = json.loads((FOLDER / "search.json").read_text(encoding="utf-8"))
     preset, _ = options.pop("preset"), options.pop("space")
-    rows = utils.read_numbers(FOLDER / "trials.csv")
+    rows = utils.read_csv(FOLDER / "trials.csv")
     rows = [plots.with_derived(row) for row in rows if row["early_accuracy"] is not None]
-    return preset, search.Search(**options), sorted(rows, key=lambda r: -r["early_accuracy"])
+    return preset, Search(**options), sorted(rows, key=lambda r: -r["early_accuracy"])
 
 
-def configuration(preset: str, options: search.Search, row: Row) -> Config:
+def configuration(preset: str, options: Search, row: Row) -> Config:
     """How a trial was trained, but for LONGER times the epochs."""
     options = replace(options, epochs=LONGER * options.epochs)
-    drawn = {name: row[name] for name in search.SPACE if name not in search.SHAPE}
-    for name in search.PER_STAGE:
+    drawn = {name: row[name] for name in SPACE if name not in trials.SHAPE}
+    for name in trials.PER_STAGE:
         drawn[name] = tuple(map(int, str(row[name]).split()))
-    name = f"longer-{row['trial']}"
-    resume = has_state(CHECKPOINTS / name)
-    base = search.base_config(options, preset)
-    return replace(base, **drawn, pool_kernel=row["pool_kernel"], name=name, resume=resume)
+    drawn |= {"pool_kernel": row["pool_kernel"], "name": f"longer-{row['trial']}"}
+    return replace(trials.base_config(options, preset), **drawn, resume=True)
 
 
 def train_longer() -> None:
@@ -58,9 +58,8 @@ def train_longer() -> None:
     )
     found = []
     for row, config in configs:
-        train(config, data)
-        last = utils.read_numbers(CHECKPOINTS / config.name / "log.csv")[-1]
-        short = {"short_epochs": options.epochs, "short_accuracy": row[search.METRIC]}
+        last = train(config, data)[0][-1]
+        short = {"short_epochs": options.epochs, "short_accuracy": row[METRIC]}
         long = {"long_epochs": last["epoch"], "long_accuracy": last["val_accuracy"]}
         found.append({"trial": row["trial"], **short, **long})
         utils.write_csv(FOLDER / "longer.csv", found)
@@ -121,7 +120,7 @@ def with_interval(
 def answers() -> list[str]:
     """A line per question."""
     _, _, rows = load()
-    drops = [share for share in search.SPACE["dropout"] if share]
+    drops = [share for share in SPACE["dropout"] if share]
     questions = {
         "3 stages against 2": ("num_stages", [3], [2]),
         "3 stages against 4": ("num_stages", [3], [4]),
@@ -136,7 +135,7 @@ def answers() -> list[str]:
     lines.append(f"rank correlation with channels of the first stage: {width}")
     if (FOLDER / "longer.csv").exists():
         both = rank_correlation(
-            utils.read_numbers(FOLDER / "longer.csv"),
+            utils.read_csv(FOLDER / "longer.csv"),
             lambda row: row["short_accuracy"],
             lambda rows: np.array([row["long_accuracy"] for row in rows]),
         )

@@ -1,5 +1,6 @@
-"""The search that the README tells of: its record, and what is concluded from it."""
+"""The search that docs/search.md tells of: its record, and what is concluded from it."""
 
+import importlib.util
 import json
 from dataclasses import asdict, replace
 
@@ -8,44 +9,46 @@ import pytest
 from conftest import ROOT
 
 import utils
+from config import load_config
+from model import check_budget
 
-pytest.importorskip("ray")
-import search as search_script
-from docs import answers, overhead, small_search, tpe
-from model import model_cost
-from train import PRESETS, load_config
+if not importlib.util.find_spec("ray"):  # not imported: search.py tells it first where to listen
+    pytest.skip("Ray is not installed", allow_module_level=True)
+from studies import overhead, tpe
+from studies.search import answers
+from studies.search import run as small_search
+from trials import Search, Trials
 
-RECORD = ROOT / "docs" / "search"
-
-
-@pytest.fixture
-def space(monkeypatch):
-    """search.SPACE, to be changed."""
-    monkeypatch.setattr(search_script, "SPACE", dict(search_script.SPACE))
-    return search_script.SPACE
+RECORD = ROOT / "studies" / "search"
 
 
 @pytest.fixture
 def recorded():
-    return utils.read_numbers(RECORD / "trials.csv")
+    return utils.read_csv(RECORD / "trials.csv")
 
 
-def test_recorded_search_is_the_scripts(space, recorded):
-    space |= small_search.NARROWED
+def page():
+    """docs/search.md, which tells of it, in one line."""
+    return " ".join((ROOT / "docs" / "search.md").read_text(encoding="utf-8").split())
+
+
+def test_recorded_search_is_the_scripts(recorded, monkeypatch):
+    monkeypatch.chdir(ROOT)
     stored = json.loads((RECORD / "search.json").read_text())
-    assert stored.pop("space") == repr(space)
+    assert stored.pop("space") == repr(small_search.NARROWED)
     assert stored.pop("preset") == "tpsnet"
     assert stored == asdict(small_search.OPTIONS)
-    # Drawn with the seed in search.json, as they would be today.
-    base = search_script.base_config(small_search.OPTIONS, "tpsnet")
-    samples = search_script.UnderBudget(search_script.RandomSearch(0), base, 0)
-    assert len(recorded) == small_search.OPTIONS.num_samples == 40
+    trials = Trials(small_search.OPTIONS, "tpsnet", small_search.NARROWED)
+    assert [row["trial"] for row in recorded] == [*range(1, small_search.OPTIONS.num_samples + 1)]
+    preset, options, _ = answers.load()
     for row in recorded:
-        trial = samples.suggest(str(row["trial"]))
-        constants = trial["constants"]
-        assert (trial["number"], trial["num_params"]) == (row["trial"], row["num_params"])
-        assert (constants["lr"], constants["optimizer"]) == (row["lr"], row["optimizer"])
-        assert " ".join(map(str, constants["num_blocks"])) == str(row["num_blocks"])
+        assert list(row) == list(trials.columns)
+        trials.check(row)
+        config = answers.configuration(preset, options, row)
+        assert check_budget(config) == row["num_params"]
+        assert row["lr"] >= small_search.NARROWED["lr"].low
+        for name in ("c1", "width", "batch_size", "optimizer", "schedule", "dropout"):
+            assert row[name] in small_search.NARROWED[name]
         assert row["status"] == "diverged" or row["epochs"] == small_search.OPTIONS.epochs
 
 
@@ -53,16 +56,15 @@ def test_recorded_best_is_the_best_trial(recorded):
     best = max(recorded, key=lambda row: row["val_accuracy"] or 0)
     config = load_config(str(RECORD / "best.json"))
     assert (config.lr, config.c1, config.batch_size) == (best["lr"], best["c1"], best["batch_size"])
-    assert model_cost(**config.architecture()).num_params == best["num_params"]
+    assert check_budget(config) == best["num_params"]
 
 
-def test_readme_gives_the_answers(monkeypatch):
+def test_the_page_gives_the_answers(monkeypatch):
     monkeypatch.chdir(ROOT)
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     lines = answers.answers()
     assert len(lines) == 8
     for line in lines:
-        assert line.split(": ")[1] in readme
+        assert line.split(": ")[1] in page()
 
 
 def made(folder, num_trials=60, **effects):
@@ -124,16 +126,14 @@ def test_longer_training_differs_in_its_epochs_alone():
     config = answers.configuration(preset, options, row)
     assert (config.epochs, config.schedule, config.val_size) == (16, "cosine", 1000)
     assert (config.lr, config.c1, config.train_size) == (row["lr"], row["c1"], 2000)
-    assert config.restart_period == 8
+    assert config.restart_epochs == 8
     assert len(config.num_blocks) == len(config.conv_kernel) == row["num_stages"]
 
 
-def test_overhead_is_measured_on_one_network(space):
-    space.clear()
-    space.update(overhead.ONE)
-    samples = search_script.UnderBudget(search_script.RandomSearch(0), PRESETS["demo"], 0)
-    first, second = (samples.suggest(name)["constants"] | {"name": ""} for name in "ab")
-    assert first == second
+def test_overhead_is_measured_on_one_network():
+    trials = Trials(Search(epochs=5), "demo", overhead.ONE)
+    first, second = (trials.draw(number) for number in (1, 2))
+    assert first == second | {"trial": 1}
 
 
 def test_table_of_random_search_and_tpe(capsys):
@@ -150,8 +150,19 @@ def test_table_of_random_search_and_tpe(capsys):
     assert [line.split("|")[-2].strip() for line in table[2:]] == ["2 of 3", "3 of 3", "3 of 3"]
 
 
-def test_readme_gives_the_table(capsys):
-    rows = utils.read_numbers(ROOT / "docs" / "tpe.csv")
+def test_the_page_gives_the_table(capsys):
+    rows = utils.read_csv(ROOT / "studies" / "tpe.csv")
     assert len(rows) == len(tpe.SEEDS) * len(tpe.TRIALS) * len(tpe.ALGORITHMS)
     tpe.print_table(rows)
-    assert capsys.readouterr().out in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert " ".join(capsys.readouterr().out.split()) in page()
+
+
+@pytest.mark.slow
+def test_a_study_searches_its_own_space_and_goes_on():
+    space = small_search.NARROWED | {"num_blocks": (1,), "c1": (4, 5), "num_stages": (2,)}
+    options = Search(name="study", num_samples=2, epochs=1, val_size=200)
+    rows = small_search.run(options, "demo", space)
+    assert [row["num_blocks"] for row in rows] == ["1 1", "1 1"]
+    assert all(row["c1"] in (4, 5) for row in rows)
+    again = small_search.run(options, "demo", space)
+    assert [row["val_accuracy"] for row in again] == [row["val_accuracy"] for row in rows]

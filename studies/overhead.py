@@ -1,10 +1,11 @@
 """What Ray Tune costs: eight trainings of one network in a search, two at a time.
 
-    python -m docs.overhead    # two CPU cores with nothing else to do; a few minutes
+    python -m studies.overhead    # two CPU cores with nothing else to do; a few minutes
 
 Without any cost they would take four times as long as one of them. What a training takes is what
 its log.csv says; to make its process and its network, to write its files and to draw its curves is
-cost, and so is all that Ray Tune does between the first trial and the last.
+cost, and so is all that Ray Tune does between the first trial and the last. docs/search.md has the
+result.
 """
 
 import tempfile
@@ -13,6 +14,7 @@ from contextlib import chdir
 
 import search
 import utils
+from trials import Search
 
 ONE = {  # an epoch of the digits takes some seconds
     "num_stages": (3,),
@@ -27,19 +29,18 @@ ONE = {  # an epoch of the digits takes some seconds
 
 def main(_args: list[str]) -> None:
     """Run the search and print both times."""
-    search.SPACE.clear()
-    search.SPACE.update(ONE)
     fit, spent = search.fit, []
 
-    def timed_fit(*args: object) -> None:
+    def timed_fit(*args: object) -> int:
         start = time.perf_counter()
-        fit(*args)
+        received = fit(*args)
         spent.append(time.perf_counter() - start)
+        return received
 
     search.fit = timed_fit  # without the start of Ray
-    options = search.Search(name="overhead", num_samples=8, epochs=5, grace_period=5)
+    options = Search(name="overhead", num_samples=8, epochs=5, grace_epochs=5)
     with tempfile.TemporaryDirectory() as folder, chdir(folder):
-        rows = search.run_search(options, "demo")
+        rows = search.run_search(options, "demo", ONE)
     seconds = [row["seconds"] for row in rows]
     ideal = sum(seconds) / 2
     print(
