@@ -44,9 +44,8 @@ import utils
 from checkpoint import lock_folder
 from config import CHECKPOINTS, PRESETS, check_batches, check_config, record
 from data import Dataset, load_dataset
-from metrics import Row
 from train import train
-from trials import METRIC, SPACE, VAL_SIZE, Search, Space, Trials, check_search, check_space
+from trials import METRIC, SPACE, VAL_SIZE, Row, Search, Space, Trials, check_search, check_space
 from utils import DivergenceError, InputError, StoppedError, first_line
 
 # A search on this machine alone is for who has a random token, on the loopback address (LISTENS is

@@ -19,7 +19,6 @@ from typing import Annotated, Literal, NamedTuple
 import utils
 from checkpoint import PREVIOUS, load_run
 from config import CHECKPOINTS, PRESETS, Config, check_config, check_resumable
-from metrics import Row
 from model import check_budget, feature_size, model_cost
 from utils import InputError, Range, check_fields, check_integer, derive_seed, first_line, warn
 
@@ -61,6 +60,7 @@ WEIGHTS = ("last.pt", PREVIOUS, "model.safetensors")
 PER_STAGE = ("num_blocks", "conv_kernel", "skip_kernel")
 SHAPE = ("num_stages", "same_blocks", *PER_STAGE, "pooled_size")  # the entries that are no constant
 Space = dict[str, tuple | list | range | LogUniform]
+Row = dict[str, object]  # of trials.csv, or of a log.csv
 Sample = dict[str, object]  # a value for each of `entries`
 
 
