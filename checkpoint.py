@@ -138,7 +138,7 @@ def load_run(folder: Path, resume: bool, overwrite: bool) -> dict[str, object] |
     """The state of the run in `folder` if there is one and it is to be resumed, else None.
 
     Raises:
-        InputError: there is a run that would be overwritten, or its state is no whole one.
+        InputError: there is a run that would be overwritten, or its state cannot be read.
     """
     if not (resume and has_state(folder)):
         check_new(folder, resume, overwrite)
@@ -156,12 +156,10 @@ def check_new(folder: Path, resume: bool, overwrite: bool) -> None:
     """Raise InputError if `folder` holds a run that may not be overwritten."""
     found = [name for name in RUN_FILES if (folder / name).exists()]
     if found and not overwrite:
-        holds, go_on = "a run already", "add --resume to go on with it, --overwrite to lose it,"
+        holds, remedy = "a run already", "add --resume to go on with it, --overwrite to lose it"
         if resume:
-            holds, go_on = "a run, but not its last.pt", "restore that, add --overwrite to lose it,"
-        raise InputError(
-            f"name: {folder} holds {holds} ({found[0]}); {go_on} or give another --name"
-        )
+            holds, remedy = "a run without its last.pt", "restore that, or --overwrite the run"
+        raise InputError(f"name: {folder} holds {holds} ({found[0]}); {remedy}, or another --name")
 
 
 def check_images(state: dict[str, object] | None, fingerprint: str) -> None:

@@ -187,7 +187,7 @@ def check_config(config: Config) -> None:
     plain = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
     if not re.fullmatch(f"({plain}/)?{plain}", config.name):
         raise InputError(
-            f"name: {config.name!r} is no plain NAME or GROUP/NAME; use letters, digits and . _ -"
+            f"name: {config.name!r} must be NAME or GROUP/NAME; use letters, digits and . _ -"
         )
     if config.resume and config.overwrite:
         raise InputError("overwrite: not with --resume, which goes on with the run; use one")

@@ -501,7 +501,7 @@ def fit(trials: Trials, data: Dataset, needs: dict[str, float]) -> int:
             monitor.problem = monitor.problem or f"{type(error).__name__}: {first_line(error)}"
     trials.cut_off()
     if monitor.problem:
-        raise SearchError(f"{monitor.problem}; put it right, then --resume {search.name} goes on")
+        raise SearchError(f"{monitor.problem}; fix this, then --resume {search.name} goes on")
     if trials.rows:
         utils.write_csv(trials.path / "trials.csv", trials.table())
     spent, trained = time.perf_counter() - start, seconds_trained(trials) - before

@@ -103,22 +103,6 @@ def train(
     parts = {"learner": learner, "metrics": metrics} | ({"proxy": proxy} if proxy else {})
     if state:
         restore(state, parts, folder)
-    augmentation = utils.part_of(config, Augmentation)
-
-    def batches(epoch: int, first_step: int) -> Iterator[Batch]:
-        """What an epoch trains on, from its step `first_step` (from 0) on."""
-        drawn = augmented(epoch, first_step)
-        return proxy.hardest(drawn, first_step) if proxy else drawn
-
-    def augmented(epoch: int, first_step: int) -> Iterator[Batch]:
-        size = SMALL_SIZE if epoch <= config.small_fraction * config.epochs else IMAGE_SIZE
-        order = (config.batch_size, config.seed, epoch, first_step)
-        found = train_batches(data, augmentation, *order, size)
-        for step, batch in enumerate(itertools.islice(found, steps - first_step), first_step):
-            # Reseeded in every step, so that dropout, like the batches, needs no saved state.
-            key = (config.seed, epoch, step, distributed.rank())
-            torch.manual_seed(utils.derive_seed("dropout", *key))
-            yield batch
 
     def evaluated(split: Split) -> Score | None:
         if not len(split):
@@ -147,7 +131,10 @@ def train(
 
         while metrics.epoch < config.epochs:
             with metrics.running(learner.lr):
-                for images, labels, n in batches(metrics.epoch + 1, metrics.step):
+                batches = epoch_batches(config, data, metrics.epoch + 1, metrics.step, steps)
+                if proxy:
+                    batches = proxy.hardest(batches, metrics.step)
+                for images, labels, n in batches:
                     totals = learner.step(images, labels, n)  # forward, backward, update, EMA
                     metrics.update(totals, n)
                     checkpointer.after_step()
@@ -166,6 +153,21 @@ def train(
             scores = {"test_loss": test.loss, "test_accuracy": test.accuracy} if test else {}
             metrics.wandb.finish(scores, folder / "curves.png")
     return metrics.log, test
+
+
+def epoch_batches(
+    config: Config, data: Dataset, epoch: int, first_step: int, steps: int
+) -> Iterator[Batch]:
+    """An epoch's augmented batches, from its step `first_step` on; each seeds its dropout."""
+    augmentation = utils.part_of(config, Augmentation)
+    order = (config.batch_size, config.seed, epoch, first_step)
+    size = SMALL_SIZE if epoch <= config.small_fraction * config.epochs else IMAGE_SIZE
+    batches = train_batches(data, augmentation, *order, size)
+    for step, batch in enumerate(itertools.islice(batches, steps - first_step), first_step):
+        # Reseeded in every step, so that dropout, like the batches, needs no saved state.
+        key = (config.seed, epoch, step, distributed.rank())
+        torch.manual_seed(utils.derive_seed("dropout", *key))
+        yield batch
 
 
 def train_seeds(config: Config) -> list[Score]:

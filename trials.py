@@ -109,7 +109,7 @@ def check_search(search: Search) -> None:
     check_fields(search)
     check_integer("grace_epochs", search.grace_epochs, 0, search.epochs)
     if "/" in search.name:
-        raise InputError(f"name: {search.name!r} is no plain folder name; leave out the /")
+        raise InputError(f"name: {search.name!r} must be a plain folder name; leave out the /")
     if search.algorithm == "optuna":
         try:
             import optuna  # noqa: F401
@@ -127,7 +127,7 @@ def check_space(space: Space) -> None:
     constants = {constant.name for constant in fields(Config)}
     for name, values in space.items():
         if name not in SHAPE and name not in constants:
-            raise InputError(f"SPACE: {name!r} is no constant of config.py; remove it")
+            raise InputError(f"SPACE: {name!r} is not a constant of config.py; remove it")
         empty = not isinstance(values, tuple | list | range) or not len(values)
         if empty or (isinstance(values, LogUniform) and not 0 < values.low < values.high):
             raise InputError(

@@ -103,7 +103,7 @@ def first_line(error: Exception) -> str:
 def print_error(message: str) -> None:
     """Print one line on stderr, once per machine: under torchrun only the first process does."""
     local_rank = os.environ.get("LOCAL_RANK", "0")
-    if not local_rank.isdecimal() or int(local_rank) == 0:  # what is no number, all may tell
+    if not local_rank.isdecimal() or int(local_rank) == 0:  # a bad value is told by all
         print(message, file=sys.stderr)
 
 

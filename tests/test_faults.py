@@ -279,6 +279,24 @@ def test_any_file_of_a_run_protects_it(tiny, name):
     assert [path.read_text() for path in FOLDER.iterdir()] == ["mine"]
 
 
+def test_resume_starts_a_run_where_there_is_none(tiny, capsys):
+    train(replace(tiny, resume=True))
+    assert "resume: nothing was saved before; from the start\n" in capsys.readouterr().out
+    train(replace(tiny, name="other"))
+    assert "resume" not in capsys.readouterr().out
+    assert same(weights(), weights(Path("checkpoints/other")))
+
+
+def test_resume_does_not_overwrite_a_run_without_its_state(tiny):
+    train(tiny)
+    before = (FOLDER / "model.safetensors").read_bytes()
+    for name in ("last.pt", checkpoint.PREVIOUS):
+        (FOLDER / name).unlink()
+    with pytest.raises(InputError, match=r"^name: .* a run without its last.pt .config.json.; "):
+        train(replace(tiny, resume=True))
+    assert (FOLDER / "model.safetensors").read_bytes() == before
+
+
 def test_overwrite_starts_anew(tiny):
     train(replace(tiny, seed=5, epochs=4))
     (FOLDER / "notes.txt").write_text("mine")

@@ -80,7 +80,7 @@ def test_bad_command_line(line, words, monkeypatch, capsys):
         (SPACE | {"num_blocks": range(3, 3)}, ["num_blocks", "empty", "range(3, 3)"]),
         (SPACE | {"lr": LogUniform(0.1, 0.01)}, ["lr", "empty", "0.01"]),
         (SPACE | {"width": 2}, ["width", "empty", "2", "tuple"]),
-        (SPACE | {"depth": (1, 2)}, ["depth", "no constant of config.py"]),
+        (SPACE | {"depth": (1, 2)}, ["depth", "not a constant of config.py"]),
         ({}, ["lacks num_stages", "trials.py"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -371,7 +371,7 @@ def test_a_search_ends_when_its_trials_fail_for_one_reason_or_its_time_is_over()
     last = Path("out.txt").read_text().splitlines()[-1]
     assert re.fullmatch(
         r"error: 3 trials in a row failed, the last one with InputError: tiny/00\d/last.pt: cannot"
-        r" be written \(No space left\); put it right, then --resume tiny goes on",
+        r" be written \(No space left\); fix this, then --resume tiny goes on",
         last,
     )
     assert len(rows("failed")) < 9
