@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -193,6 +194,7 @@ class Metrics:
             left = (self.epochs - self.epoch) * self.images_per_epoch - self.seen
             if left:
                 tqdm.write(f"estimated time on this CPU: {duration(pace * left)}")
+                sys.stdout.flush()  # a file shows it now too, and not at the end of the epoch
 
     def synchronize(self) -> None:
         """Read what was noted since the last time, which waits for the device.

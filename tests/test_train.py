@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -279,6 +280,16 @@ def test_no_progress_bar_where_the_output_is_no_terminal(tiny, capsys):
     assert len(epochs) == 3
     assert all(len(line) < 80 and " val " in line for line in epochs)
     assert "estimated time on this CPU" in captured.out
+
+
+def test_estimate_reaches_a_file_within_the_epoch(monkeypatch):
+    with Path("out.txt").open("w") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        running = metrics.Metrics(epochs=2, images_per_epoch=100)
+        with running.running(lr=0.1):
+            for _ in range(metrics.TIMED_STEPS + 1):
+                running.update(torch.tensor([2.0, 1.0]), 10)
+            assert Path("out.txt").read_text().startswith("estimated time on this CPU: ")
 
 
 def test_edited_network_is_not_called_by_a_presets_name(tiny):
