@@ -10,6 +10,8 @@ rounds and, in brackets, the smallest and the largest. No data set is needed. Im
 count the images that are trained on: for a preset with a proxy, our time includes the proxy's.
 """
 
+import script
+
 import contextlib
 import itertools
 import multiprocessing
@@ -470,8 +472,8 @@ def machine(device: torch.device) -> str:
 
 def main(args: list[str]) -> None:
     """Measure the preset that the command line names."""
-    utils.parse_command_line(benchmark, args, prog="benchmark.py")()
+    script.parse_command_line(benchmark, args, prog="benchmark.py")()
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    script.run_script(main)

@@ -5,14 +5,13 @@ the run is done (`Run`). The defaults are the paper's TPSNet; a preset names wha
 an edited default changes every preset that does not set it. All are options of train.py too.
 """
 
-import json
 import re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from model import MAX_PARAMS, Architecture, check_budget, feature_size
-from utils import IMAGE_SIZE, InputError, Range, check_fields, first_line, from_json
+from utils import IMAGE_SIZE, InputError, Range, check_fields, first_line, from_json, read_json
 
 CHECKPOINTS = Path("checkpoints")
 SMALL_SIZE = 28  # pixels; after a whitening stem it pools to 27, 13, 6 and 3, as 32 to 3
@@ -269,7 +268,7 @@ def load_config(path: str | Path) -> Config:
     """
     remedy = "name a config.json that train.py wrote, or a best.json of search.py"
     try:
-        config = from_json(Config, json.loads(Path(path).read_text(encoding="utf-8")))
+        config = from_json(Config, read_json(path))
     except OSError as error:
         raise InputError(
             f"config: cannot read {str(path)!r} ({error.strerror}); {remedy}"

@@ -16,9 +16,10 @@ is running again: a trial that ended repeats to ASHA what it reported, one that 
 from its last saved step. trials.csv has a row per trial, best.json what train.py takes.
 """
 
+import script
+
 import contextlib
 import functools
-import json
 import math
 import os
 import re
@@ -395,7 +396,7 @@ def load_search(search: Search, space: Space = SPACE) -> tuple[str, Search]:
     """
     path = CHECKPOINTS / search.resume / "search.json"
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = utils.read_json(path)
         preset, drawn, stored = stored.pop("preset"), stored.pop("space"), Search(**stored)
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
@@ -576,7 +577,7 @@ def main(args: list[str], space: Space = SPACE) -> None:
         preset, *args = args
     if preset not in (None, *PRESETS):
         raise InputError(f"preset: {preset!r} is not one of {', '.join(PRESETS)}")
-    search = utils.parse_command_line(
+    search = script.parse_command_line(
         Search,
         args,
         prog=f"search.py [{'|'.join(PRESETS)}]",
@@ -600,4 +601,4 @@ if __name__ == "__main__":
     # As a module of its own name, not __main__: what Ray pickles is found again by its name.
     import search
 
-    utils.run_script(search.main)
+    script.run_script(search.main)

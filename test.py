@@ -7,6 +7,8 @@
 All that it needs is in the checkpoint: no constant of config.py is used.
 """
 
+import script
+
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -220,8 +222,8 @@ def print_per_class(counts: Tensor, class_names: tuple[str, ...]) -> None:
 
 def main(args: list[str]) -> None:
     """Test the checkpoint that the command line names."""
-    utils.parse_command_line(test, args, prog="test.py")()
+    script.parse_command_line(test, args, prog="test.py")()
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    script.run_script(main)

@@ -11,6 +11,8 @@ needs; previous.pt is the one before) and model.safetensors (what test.py and lo
 The constants are in config.py.
 """
 
+import script
+
 import itertools
 import math
 import statistics
@@ -256,7 +258,7 @@ def main(args: list[str]) -> None:
     if not config and preset not in PRESETS:
         raise InputError(f"preset: {preset!r} is not one of {', '.join(PRESETS)}")
     claims = "\n".join(f"  {name:7} {claim}" for name, claim in CLAIMS.items())
-    config = utils.parse_command_line(
+    config = script.parse_command_line(
         Config,
         args,
         default=config or PRESETS[preset],
@@ -268,4 +270,4 @@ def main(args: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    script.run_script(main)

@@ -7,7 +7,6 @@ folder holds all that it did, so that a search can be put together again from it
 import contextlib
 import csv
 import itertools
-import json
 import math
 import random
 import shutil
@@ -316,7 +315,7 @@ class Trials:
         """
         path = self.folder(number) / "trial.json"
         try:
-            row = json.loads(path.read_text(encoding="utf-8"))
+            row = utils.read_json(path)
             self.check(row)
             if set(row["sample"]) != set(entries(self.space)):
                 raise ValueError("no sample of the space")

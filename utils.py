@@ -1,13 +1,10 @@
-"""What every script needs: errors and checks, the command line, whole files, seeds, provenance."""
+"""What every script needs: errors and checks, whole files, seeds, provenance."""
 
 import contextlib
 import csv
 import functools
 import hashlib
 import importlib.metadata
-import inspect
-import io
-import itertools
 import json
 import os
 import platform
@@ -15,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -100,75 +97,21 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def printable(text: object) -> str:
+    """`text` without what a terminal would obey, for what comes from files: names, metadata."""
+    return "".join(char if char.isprintable() else "?" for char in str(text))
+
+
 def print_error(message: str) -> None:
     """Print one line on stderr, once per machine: under torchrun only the first process does."""
     local_rank = os.environ.get("LOCAL_RANK", "0")
     if not local_rank.isdecimal() or int(local_rank) == 0:  # a bad value is told by all
-        print(message, file=sys.stderr)
+        print(printable(message), file=sys.stderr)
 
 
 def warn(message: str) -> None:
     """Print a one-line warning, once per machine."""
     print_error(f"warning: {message}")
-
-
-# ---------------------------------------------------------------- the command line
-
-
-def run_script(main: Callable[[list[str]], None]) -> None:
-    """Run a script's `main(arguments)`; an error a user can cause ends in one line and a status.
-
-    Exit status 2 for bad input, 1 for a diverged training, 128 and the signal's number (130 for
-    Ctrl-C) for one that a signal stopped.
-    """
-    try:
-        main(sys.argv[1:])
-        sys.stdout.flush()
-    except (InputError, DivergenceError) as error:
-        print_error(f"error: {error}")
-        sys.exit(2 if isinstance(error, InputError) else 1)
-    except StoppedError as stop:
-        print_error(str(stop))
-        sys.exit(128 + stop.number)
-    except KeyboardInterrupt:
-        print("interrupted; a training goes on with --resume", file=sys.stderr)
-        sys.exit(130)
-    except OSError as error:  # often of what is printed: its disk is full, or `head` has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again
-        if isinstance(error, BrokenPipeError):
-            sys.exit(128 + 13)  # SIGPIPE
-        print_error(f"error: {error}")
-        sys.exit(2)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-
-
-def parse_command_line(target: Callable, args: list[str], **options: object) -> object:
-    """tyro.cli(target), with a mistake reported as an InputError instead of a box of text.
-
-    For a function it returns the call, ready to be made, so that only the parsing runs here.
-    """
-    try:
-        import tyro  # here, so that train(config) can be called where it is not installed
-    except ModuleNotFoundError:
-        raise InputError("tyro: not installed; run `pip install -r requirements.txt`") from None
-
-    if inspect.isfunction(target):
-        function = target
-        target = functools.wraps(function)(lambda *a, **kw: functools.partial(function, *a, **kw))
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(printed):
-            return tyro.cli(target, args=args, **options)
-    except SystemExit as stop:
-        if not stop.code:  # -h
-            raise
-    # A box: a title, rules, and paragraphs, of which the first says what is wrong.
-    lines = [line.strip("│╭╮╰╯ ") for line in printed.getvalue().splitlines()[1:]]
-    paragraphs = itertools.groupby(lines, key=lambda line: line.strip("─-") != "")
-    message = next(" ".join(lines) for is_text, lines in paragraphs if is_text)
-    raise InputError(f"{message.rstrip('.')}; -h explains every option")
 
 
 def duration(seconds: float) -> str:
@@ -239,6 +182,18 @@ def write_json(path: Path, value: object) -> None:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+def read_json(path: str | Path) -> object:
+    """What a JSON file holds, if it is in UTF-8; a byte order mark is skipped.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or holds something else or what nests too deep.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except RecursionError:
+        raise ValueError("it nests too deep") from None
+
+
 def write_csv(path: Path, rows: list[dict[str, object]]) -> None:
     """Write `rows`, which share their keys, as one CSV file with a header, whole or not at all."""
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
@@ -287,7 +242,11 @@ def generator(*key: object) -> torch.Generator:
 def git_commit() -> str:
     """The commit of these scripts, with `-dirty` after it if they were edited; or `unknown`."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    options = {"cwd": Path(__file__).resolve().parent, "stderr": subprocess.DEVNULL, "text": True}
+    folder = Path(__file__).resolve().parent
+    # Not that of a repository around them, nor of one that a hook which calls us works on.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    env["GIT_CEILING_DIRECTORIES"] = str(folder.parent)
+    options = {"cwd": folder, "env": env, "stderr": subprocess.DEVNULL, "text": True}
     try:
         return subprocess.check_output(command, **options).strip()
     except (OSError, subprocess.CalledProcessError):

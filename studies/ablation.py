@@ -8,6 +8,8 @@ makes an epoch slower gets fewer epochs, one that makes it faster gets more. doc
 results. Running it again repeats no finished run.
 """
 
+import script
+
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -79,4 +81,4 @@ def main(_args: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    script.run_script(main)

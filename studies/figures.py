@@ -3,6 +3,8 @@
 python -m studies.figures    # writes images/*.png from the files in studies/
 """
 
+import script
+
 import json
 from pathlib import Path
 
@@ -262,4 +264,4 @@ def main(_args: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    script.run_script(main)

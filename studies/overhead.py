@@ -8,12 +8,13 @@ cost, and so is all that Ray Tune does between the first trial and the last. doc
 result.
 """
 
+import script
+
 import tempfile
 import time
 from contextlib import chdir
 
 import search
-import utils
 from trials import Search
 
 ONE = {  # an epoch of the digits takes some seconds
@@ -50,4 +51,4 @@ def main(_args: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    script.run_script(main)

@@ -11,6 +11,8 @@ The record was drawn before a trial's sample was a function of the seed and its 
 57553db): run again, it gives other trials from the same space.
 """
 
+import script
+
 import statistics
 from pathlib import Path
 
@@ -86,4 +88,4 @@ def print_table(rows: list[Row]) -> None:
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    script.run_script(main)

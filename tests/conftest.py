@@ -1,5 +1,7 @@
 """What the tests share. Every test runs in an empty folder of its own, on tiny data."""
 
+import script
+
 import os
 import subprocess
 import sys
@@ -10,7 +12,6 @@ import numpy as np
 import pytest
 
 import data
-import utils
 from config import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,7 +100,7 @@ def run_main(main, *args, monkeypatch):
     """Run a script's main in this process as its file would; returns its exit status."""
     monkeypatch.setattr(sys, "argv", ["script", *map(str, args)])
     try:
-        utils.run_script(main)
+        script.run_script(main)
     except SystemExit as stop:
         return stop.code
     return 0

@@ -13,6 +13,8 @@ noticed or make no difference. Whatever happens is one line of text, never a tra
 Each training is a fork of this process, so that PyTorch is loaded once.
 """
 
+import script
+
 import argparse
 import contextlib
 import functools
@@ -108,7 +110,7 @@ class Fork:
                 os.dup2(file.fileno(), 2)
             accesses = count_accesses(config.name, fatal)
             sys.argv = ["train.py"]
-            utils.run_script(lambda _: train.train(config))
+            script.run_script(lambda _: train.train(config))
             Path("accesses").write_text(str(accesses[0]))
             status = 0
         except SystemExit as stop:

@@ -6,13 +6,14 @@ BN runs in eval mode: in training each process normalises with its own share of 
 the loss of two halves is not that of the whole.
 """
 
+import script
+
 import json
 from dataclasses import replace
 
 import torch
 
 import distributed
-import utils
 from augment import Augmentation, train_batches
 from config import PRESETS
 from data import load_dataset
@@ -39,4 +40,4 @@ def main(batch_sizes):
 
 
 if __name__ == "__main__":
-    utils.run_script(main)  # which ends the process group: a process that leaves it open may abort
+    script.run_script(main)  # which ends the process group: a process that leaves it open may abort

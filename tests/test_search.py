@@ -354,7 +354,7 @@ def test_a_search_whose_processes_cannot_start_says_so(file, content):
         content += "\nsys.path.remove(os.path.dirname(__file__))\ndel sys.modules['torch']"
         content += "\nimport torch"
     Path("broken", file).write_text(guard + content)
-    code = "import search, utils; search.START = 10; utils.run_script(search.main)"
+    code = "import script, search; search.START = 10; script.run_script(search.main)"
     env = os.environ | {"PYTHONPATH": f"{Path('broken').resolve()}{os.pathsep}{ROOT}"}
     line = [sys.executable, "-c", code, "demo", "--name", "tiny", "--num-samples", "2"]
     result = subprocess.run(line, env=env, capture_output=True, text=True, timeout=60)

@@ -6,6 +6,8 @@ FAULTS=two: the first two trials fail once, each its own way. FAULTS=greedy: the
 6 GB, and Ray is to kill it. FAULTS=full: they all find the disk full.
 """
 
+import script
+
 import os
 import signal
 import sys
@@ -54,4 +56,4 @@ def run_faulty(trial, trials, root, data):
 if __name__ == "__main__":
     if FAULTS:
         search.run_trial = run_faulty
-    utils.run_script(lambda args: search.main(args, TINY))
+    script.run_script(lambda args: search.main(args, TINY))

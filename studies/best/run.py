@@ -7,6 +7,8 @@ Validation accuracy on 4,000 training images, seen often, since the changes are 
 trainings. docs/best.md has the results. Running it again repeats no finished run.
 """
 
+import script
+
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,4 +74,4 @@ def main(args: list[str]) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    utils.run_script(main)
+    script.run_script(main)

@@ -8,6 +8,8 @@ search did, but for four times the epochs; it writes longer.csv. What was traine
 trained again, what was cut off goes on.
 """
 
+import script
+
 import json
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -155,4 +157,4 @@ def main(args: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    script.run_script(main)

@@ -13,11 +13,12 @@ constants in best.json and search.json have today's names. It is one search with
 trainings so short that they tell how networks start.
 """
 
+import script
+
 import shutil
 from pathlib import Path
 
 import search
-import utils
 from config import CHECKPOINTS
 from metrics import Row
 from trials import SPACE, LogUniform, Search, Space
@@ -51,4 +52,4 @@ def main(_args: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    script.run_script(main)
