@@ -5,9 +5,9 @@ import hashlib
 import io
 import json
 import math
-import signal
 import time
 import warnings
+import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +25,6 @@ from model import Architecture, ResNet
 from utils import (
     DivergenceError,
     InputError,
-    StoppedError,
     atomic_path,
     check_number,
     first_line,
@@ -62,7 +61,7 @@ def save_state(path: Path, state: dict[str, object]) -> None:
 
 
 def load_state(path: Path) -> dict[str, object]:
-    """Read what `save_state` wrote, on the CPU; if it is damaged, the state before, with a warning.
+    """Read what `save_state` wrote, on the CPU; if it is damaged, the state before.
 
     Nothing in the file is executed.
 
@@ -76,33 +75,44 @@ def load_state(path: Path) -> dict[str, object]:
         return read_state(path)
     problem = "is damaged" if path.exists() else "is missing"
     try:
-        state = read_state(previous)
+        return read_state(previous)
     except ValueError:
         raise InputError(
             f"resume: {path} {problem} or was not written by train.py, and there is no sound"
             f" {PREVIOUS}; restore a copy of it, train under another --name, or --overwrite it"
         ) from None
-    warn(f"{path} {problem}; going on from {PREVIOUS}, the state that was saved before it")
-    return state
 
 
 def drop_damaged_state(path: Path) -> None:
-    """If the state in `path` is damaged or missing, put the previous one there.
+    """If the state in `path` is damaged or missing, put the previous one there, with a warning.
 
     Else the next save would make the damaged one the previous one.
     """
     try:
         read_state(path)
     except ValueError:
+        problem = "is damaged" if path.exists() else "is missing"
+        warn(f"{path} {problem}; going on from {PREVIOUS}, the state that was saved before it")
         path.with_name(PREVIOUS).replace(path)
+
+
+def tensors_of(state: object) -> Iterator[Tensor]:
+    """Every tensor in these nested dictionaries and lists, once."""
+    seen, left = set(), [state]
+    while left:
+        value = left.pop()
+        if id(value) in seen:  # a file of a few bytes can name one list a billion times
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, dict | list | tuple):
+            left.extend(value.values() if isinstance(value, dict) else value)
 
 
 def all_finite(state: object) -> bool:
     """Whether every tensor in these nested dictionaries and lists is finite."""
-    if isinstance(state, Tensor):
-        return bool(state.isfinite().all())
-    values = state.values() if isinstance(state, dict) else state
-    return not isinstance(state, dict | list) or all(map(all_finite, values))
+    return all(bool(tensor.isfinite().all()) for tensor in tensors_of(state))
 
 
 def read_state(path: Path) -> dict[str, object]:
@@ -116,11 +126,17 @@ def read_state(path: Path) -> dict[str, object]:
         content, digest = content[:-32], content[-32:]
         if hashlib.sha256(content).digest() != digest:
             raise ValueError("its SHA-256 is another")
+        # torch.save packs nothing: a file that takes more memory than it has bytes is no state.
+        with zipfile.ZipFile(io.BytesIO(content)) as records:
+            if sum(record.file_size for record in records.infolist()) > len(content):
+                raise ValueError("its records unpack to more than the file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about foreign pickles: they are refused
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
             raise TypeError("it holds no dictionary")
+        if sum(tensor.nbytes for tensor in tensors_of(state)) > len(content):
+            raise ValueError("its tensors are larger than the file")
         return state
     except Exception as error:  # whatever a foreign file can raise
         raise ValueError(f"{path}: {first_line(error)}") from None
@@ -144,10 +160,11 @@ def load_run(folder: Path, resume: bool, overwrite: bool) -> dict[str, object] |
         check_new(folder, resume, overwrite)
         return None
     state = load_state(folder / "last.pt")
-    if missing := {"config", "data_fingerprint", "learner", "metrics"} - set(state):
+    parts = {"config": dict, "data_fingerprint": str, "learner": dict, "metrics": dict}
+    if missing := [name for name, kind in parts.items() if not isinstance(state.get(name), kind)]:
         raise InputError(
-            f"resume: {folder / 'last.pt'} lacks {', '.join(sorted(missing))}; restore a copy of"
-            " the file, or train under another --name"
+            f"resume: {folder / 'last.pt'} lacks {', '.join(missing)}; restore a copy of the file,"
+            " or train under another --name"
         )
     return state
 
@@ -162,25 +179,20 @@ def check_new(folder: Path, resume: bool, overwrite: bool) -> None:
         raise InputError(f"name: {folder} holds {holds} ({found[0]}); {remedy}, or another --name")
 
 
-def check_images(state: dict[str, object] | None, fingerprint: str) -> None:
-    """Raise InputError if a run that is resumed was started on images of another fingerprint."""
-    if state and state["data_fingerprint"] != fingerprint:
+def check_images(state: dict[str, object], fingerprint: str) -> None:
+    """Raise InputError if the run was started on images of another fingerprint."""
+    if state["data_fingerprint"] != fingerprint:
         raise InputError(
             "data_dir: it holds other images than this run was started on (SHA-256 of all images"
             " and labels); give their --data-dir, or another --name"
         )
 
 
-def prepare_folder(folder: Path, resumed: bool, resume: bool, overwrite: bool) -> None:
-    """Make the folder, which is locked by now, ready for what is about to be written there.
-
-    Raises:
-        InputError: another process has trained there since `load_run` looked.
-    """
+def prepare_folder(folder: Path, resumed: bool) -> None:
+    """Make the folder, which is locked by now, ready for what is about to be written there."""
     if resumed:
         drop_damaged_state(folder / "last.pt")
         return
-    check_new(folder, resume, overwrite)
     for name in reversed(RUN_FILES):
         (folder / name).unlink(missing_ok=True)
 
@@ -279,8 +291,7 @@ class Checkpointer:
         if is_main():
             write_csv(self.folder / "log.csv", self.metrics.log)
             self.metrics.print_epoch()
-        if not last:
-            self.end_if_asked(number)
+        self.end_if_asked(number)
 
     def finish(self, test: Score | None) -> None:
         """Write what a finished run leaves."""
@@ -321,14 +332,25 @@ class Checkpointer:
         return time.monotonic() - self.saved_at >= seconds
 
     def end_if_asked(self, number: int) -> None:
-        """Raise StoppedError if a signal was received; 0 is none."""
-        if number:
-            name = signal.Signals(number).name
-            raise StoppedError(
-                number,
-                f"stopped by {name} after {self.metrics}, saved in {self.folder};"
-                " the same command with --resume goes on from there",
-            )
+        """Raise StoppedError if the number is a signal's; 0 is none."""
+        self.stop.raise_if_received(
+            f"after {self.metrics}, saved in {self.folder};"
+            " the same command with --resume goes on from there",
+            number,
+        )
+
+    def while_evaluating(self) -> None:
+        """Between two batches of an evaluation, save and end if a signal asked to.
+
+        One process alone: several would have to ask each other each time, and share the work.
+
+        Raises:
+            StoppedError: a signal asked to end.
+        """
+        if self.stop.received and num_processes() == 1:
+            if self.metrics.step:  # else the end of the last epoch is saved
+                self.save()
+            self.end_if_asked(self.stop.received)
 
 
 @contextlib.contextmanager
@@ -419,6 +441,8 @@ def load_model(path: str | Path) -> tuple[ResNet, dict[str, object]]:
         with torch.device("meta"):
             model = ResNet(from_json(Architecture, metadata["architecture"]))
         model.load_state_dict(tensors, assign=True)
+        if not all_finite(tensors):
+            raise ValueError("its weights are not finite")
     except (InputError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"checkpoint: {path} is not one of ours ({first_line(error)});"

@@ -6,6 +6,7 @@ an edited default changes every preset that does not set it. All are options of 
 """
 
 import re
+import reprlib
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -82,13 +83,11 @@ class Recipe:
     """Compute in bfloat16 where the device is faster at it; weights and loss stay float32."""
     deterministic: bool = False
     """Same bits in every run on a GPU too, by slower kernels; a CPU's are always the same."""
-    compile: bool = False
-    """Run the network through torch.compile: a minute's wait, then faster steps on a GPU."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """How a run is done. None of it changes the result, so --resume lets all of it change."""
+    """How a run is done. It changes no result, so --resume lets all of it change."""
 
     name: str = "tpsnet"
     """Folder of the run: checkpoints/NAME; GROUP/NAME makes it one of a group."""
@@ -100,6 +99,9 @@ class Run:
     """Remove the run that is in checkpoints/NAME and start anew."""
     save_minutes: Annotated[float, Range(0, 1e6)] = 5.0
     """Minutes between saves of the training state, beside those at epochs' ends; 0: each step."""
+    compile: bool = False
+    """Run the network through torch.compile, which rounds differently: a minute's wait, then faster
+    steps on a GPU."""
     data_dir: str = "data"
     """Folder that holds CIFAR-10, or receives it."""
     download: bool = True
@@ -247,8 +249,8 @@ def check_resumable(config: Config, stored: dict[str, object], folder: Path) -> 
         if old != new and not longer:
             more = " or more" if name == "epochs" else ""
             raise InputError(
-                f"{name}: {new!r}, but the run in {folder} was started with {old!r}; give"
-                f" that{more}, or another --name"
+                f"{name}: {new!r}, but the run in {folder} was started with {reprlib.repr(old)};"
+                f" give that{more}, or another --name"
             )
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import InputError
+from utils import InputError, StoppedError
 
 # ---------------------------------------------------------------- device and precision
 
@@ -149,6 +149,12 @@ def first_on_each_machine() -> Iterator[None]:
         dist.barrier()
 
 
+def barrier() -> None:
+    """Wait until all processes are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """`tensor`, summed in place over all processes; itself where there is one."""
     if dist.is_initialized():
@@ -190,30 +196,60 @@ def wrap_ddp(model: nn.Module) -> nn.Module:
 
 
 class StopSignals:
-    """In its block, a signal that asks the process to end is only noted, in `received`.
+    """In its block, a signal that asks the process to end is noted, in `received`, and answered.
 
-    SIGINT (Ctrl-C), SIGTERM, and SIGUSR1, which SLURM sends when a job's time runs out. A second
-    Ctrl-C has its usual effect; under torchrun, which repeats every signal, none has.
+    SIGINT (Ctrl-C), SIGTERM, SIGUSR1, which SLURM sends when a job's time runs out, and SIGHUP,
+    when the terminal has gone, unless it is ignored as under nohup. A second Ctrl-C has its usual
+    effect; under torchrun, which repeats every signal, none has. Blocks may be nested: an inner
+    one begins with what the outer one has received, and hands on what it has received itself.
     """
 
-    NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")  # Windows has no SIGUSR1
+    NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")  # Windows lacks the last two
 
     def __init__(self) -> None:
         self.received = 0  # number of the first signal
-        self._before = {}
+        self._before, self._outer = {}, None
+        self._terminals = [number for number in (1, 2) if os.isatty(number)]
 
     def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():  # else they reach another
-            for name in self.NAMES:
-                if number := getattr(signal, name, None):
-                    self._before[number] = signal.signal(number, self._note)
+        if threading.current_thread() is not threading.main_thread():  # signals reach another
+            return self
+        for number in (getattr(signal, name) for name in self.NAMES if hasattr(signal, name)):
+            if number != getattr(signal, "SIGHUP", 0) or signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._note)
+        outer = getattr(self._before[signal.SIGINT], "__self__", None)
+        if isinstance(outer, StopSignals):
+            self._outer, self.received = outer, outer.received
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._outer:
+            self._outer.received = self._outer.received or self.received
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def raise_if_received(self, where: str, number: int | None = None) -> None:
+        """Raise StoppedError if a signal was received, by any process; `where` ends its message.
+
+        Args:
+            number: of the signal, if the processes have already told each other; 0 for none.
+        """
+        if number is None:
+            (number,) = all_reduce_max(self.received)
+        if number:
+            raise StoppedError(number, f"stopped by {signal.Signals(number).name} {where}")
+
     def _note(self, number: int, _frame: object) -> None:
-        if number == signal.SIGINT and self.received and num_processes() == 1:
-            raise KeyboardInterrupt
+        name, alone = signal.Signals(number).name, num_processes() == 1
+        if name == "SIGINT" and self.received and alone:
+            raise KeyboardInterrupt("interrupted; --resume goes on from what was saved")
+        if name == "SIGHUP":  # what is written to a terminal that has gone is an error
+            for terminal in self._terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
+        if not self.received and os.environ.get("LOCAL_RANK", "0") == "0":
+            again = "; again to stop at once" if name == "SIGINT" and alone else ""
+            clear = "\r\x1b[K" if os.isatty(2) else ""  # of a progress bar
+            with contextlib.suppress(OSError):
+                # Not print, which may be at work when the signal comes.
+                os.write(2, f"{clear}{name}: stopping after this step{again}\n".encode())
         self.received = self.received or number

@@ -11,6 +11,7 @@ from config import Config
 from data import Dataset
 from model import ResNet
 from optim import lr_factor, make_average, make_optimizers
+from utils import InputError, first_line
 
 PROXY_INTERVAL = 4  # steps: a proxy learns from the first of as many
 Batch = tuple[Tensor, Tensor, int]  # images, labels, size of the global batch
@@ -159,6 +160,19 @@ def make_model(config: Config, data: Dataset, device: torch.device) -> ResNet:
     model = ResNet(config).to(device, memory_format=torch.channels_last)
     if config.stem == "whitening":
         model.set_whitening(data.normalize(data.train.images[:5000]))
-    if config.compile:  # with CUDA graphs on a GPU, where launching the kernels takes time
+    if config.compile:
+        check_compiler(device)
+        # With CUDA graphs on a GPU, where launching the kernels takes time.
         model.compile(mode="reduce-overhead" if device.type == "cuda" else "default")
     return model
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise InputError if torch.compile does not work here, of which the network would say more."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(1, device=device))
+    except Exception as error:  # whatever it lacks
+        raise InputError(
+            f"compile: torch.compile does not work here ({first_line(error)}); install what it"
+            " lacks, on a CPU a C++ compiler, or use --no-compile"
+        ) from None

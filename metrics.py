@@ -2,7 +2,9 @@
 
 import contextlib
 import math
+import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,13 +16,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from distributed import all_reduce_sum, is_main, num_processes, rank
+from distributed import StopSignals, all_reduce_sum, is_main, num_processes, rank
 from utils import DivergenceError, duration, first_line, warn
 
 EVAL_BATCH = 500  # images; one size everywhere, so that every script gets the same last digit
 CALIBRATION_BINS = 15  # as in Guo et al., arXiv:1706.04599
 LOG_INTERVAL = 20  # steps between looks at the running loss: each look waits for the device
 TIMED_STEPS = 4  # after the first one, to estimate the whole time: a proxy learns in one of them
+FINISH_SECONDS = 60  # for W&B to send the rest: a server that says nothing, it tries for ever
+LET_GO_SECONDS = 1  # more, or after a signal
+# No lines of its own, and no reports about itself: these wait at exit for a silent server, too.
+WANDB_QUIET = {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
 Row = dict[str, float | None]  # of log.csv
 
 
@@ -33,6 +39,7 @@ def evaluate(
     images: Tensor,
     normalize: Callable[[Tensor], Tensor],
     flip_tta: bool = False,
+    after_batch: Callable[[], None] | None = None,
 ) -> Tensor:
     """Logits of every image, (N, num_classes) float32, on the images' device.
 
@@ -44,6 +51,7 @@ def evaluate(
         images: (N, 3, 32, 32) uint8.
         normalize: turns uint8 images into what the model takes.
         flip_tta: average the logits with those of the mirrored images (test-time augmentation).
+        after_batch: called after each batch, and may end it all by an exception.
     """
     was_training = model.training
     model.eval()
@@ -52,6 +60,8 @@ def evaluate(
     for batch, out in batches[rank() :: num_processes()]:
         x = normalize(batch)
         out.copy_((model(x) + model(x.flip(-1))) / 2 if flip_tta else model(x))
+        if after_batch:
+            after_batch()
     model.train(was_training)
     return all_reduce_sum(logits)
 
@@ -289,6 +299,7 @@ class WandbRun:
             self._attempt(self._start, mode, folder, config)
 
     def _start(self, mode: str, folder: Path, config: dict) -> None:
+        os.environ.update(WANDB_QUIET | os.environ)
         import wandb
 
         if mode == "auto":
@@ -302,7 +313,13 @@ class WandbRun:
             mode=mode,
             dir=folder,
             config=config,
-            settings=wandb.Settings(silent=True, console="off", init_timeout=30),
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                init_timeout=30,
+                finish_timeout=FINISH_SECONDS,  # at exit, too
+                finish_timeout_raises=True,
+            ),
         )
         self.id = self.run.id
         where = self.run.url if mode == "online" else f"offline, in {folder / 'wandb'}"
@@ -314,17 +331,46 @@ class WandbRun:
             metrics = {key: value for key, value in row.items() if value is not None}
             self._attempt(self.run.log, metrics, step=row["epoch"])
 
-    def finish(self, summary: dict[str, float], curves: Path) -> None:
-        """Log the final figures and the learning curves, and end the run."""
-        if self.run:
-            self._attempt(self._finish, summary, curves)
+    def finish(self, summary: dict[str, float], curves: Path, stop: StopSignals) -> None:
+        """Log the final figures and the learning curves, and end the run, within FINISH_SECONDS.
 
-    def _finish(self, summary: dict[str, float], curves: Path) -> None:
+        Args:
+            stop: what notes the signals, of which any ends the wait for the server.
+        """
+        if self.run:
+            sys.stdout.flush()  # the results, before what may take its time
+            self._attempt(self._finish, summary, curves, stop)
+
+    def _finish(self, summary: dict[str, float], curves: Path, stop: StopSignals) -> None:
         import wandb
 
-        self.run.log({"curves": wandb.Image(str(curves))})
-        self.run.summary.update(summary)
-        self.run.finish()
+        errors = []
+
+        def send() -> None:
+            try:
+                self.run.log({"curves": wandb.Image(str(curves))})
+                self.run.summary.update(summary)
+                self.run.finish()
+            except Exception as error:
+                errors.append(error)
+
+        # In a thread, since finish() goes on waiting after a signal that is only noted.
+        thread = threading.Thread(target=send, daemon=True)
+        thread.start()
+        end = time.monotonic() + FINISH_SECONDS
+        while thread.is_alive() and not stop.received and time.monotonic() < end:
+            thread.join(0.1)
+        thread.join(LET_GO_SECONDS)
+        if thread.is_alive():  # else wandb would wait again when Python exits
+            teardown = threading.Thread(target=wandb.teardown, daemon=True)
+            teardown.start()
+            teardown.join(LET_GO_SECONDS)
+            errors = [TimeoutError()]
+        if errors and isinstance(errors[0], TimeoutError):
+            command = f"wandb sync --include-online {(curves.parent / 'wandb').as_posix()}/run-*"
+            raise TimeoutError(f"not all was sent in time; `{command}` sends it")
+        if errors:
+            raise errors[0]
 
     def _attempt(self, action: Callable[..., None], *args: object, **options: object) -> None:
         try:

@@ -57,7 +57,7 @@ def save(figure: Figure, path: str | Path) -> None:
 def learning_curves(log: list[dict[str, float | None]], path: str | Path, title: str) -> None:
     """Training and validation loss and accuracy over the epochs; `log` has the rows of log.csv."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)  # a $ in a path is no formula
     epochs = [row["epoch"] for row in log]
     for axes, name, label in zip(
         figure.subplots(1, 2), ("loss", "accuracy"), ("cross entropy", "accuracy, %"), strict=True
@@ -95,7 +95,8 @@ def confusion_matrix(
     ticks = range(len(class_names))
     axes.set_xticks(ticks, class_names, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(ticks, class_names)
-    axes.set(xlabel="predicted class", ylabel="true class", title=title)
+    axes.set(xlabel="predicted class", ylabel="true class")
+    axes.set_title(title, parse_math=False)
     save(figure, path)
 
 
@@ -103,7 +104,7 @@ def calibration(bins: Calibration, path: str | Path, title: str) -> None:
     """Reliability diagram: accuracy over confidence, and the number of images in each bin."""
     count, confidence, accuracy = bins.count, bins.confidence, bins.accuracy
     figure = Figure(figsize=(5.4, 5), layout="constrained")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     width = 100 / len(count)
     middle = width * (np.arange(len(count)) + 0.5)
@@ -133,7 +134,7 @@ def mistakes(images: np.ndarray, captions: list[str], path: str | Path, title: s
     """Images, (N, S, S, 3) uint8, in rows of six, each below its caption."""
     rows = max(1, -(-len(images) // 6))
     figure = Figure(figsize=(10, 1.9 * rows + 0.5), layout="constrained")
-    figure.suptitle(f"{title}; its most confident mistakes")
+    figure.suptitle(f"{title}; its most confident mistakes", parse_math=False)
     for axes in figure.subplots(rows, 6, squeeze=False).flat:
         axes.axis("off")
     for axes, image, caption in zip(figure.axes, images, captions, strict=False):

@@ -1,7 +1,8 @@
 """How a script starts and ends: what a user can cause is one line and a status, no traceback.
 
 It is the first import of every script, and loads nothing itself: while the libraries load, which
-takes seconds, Ctrl-C and a missing library are one line too, and a closed stream (`>&-`) is open.
+takes seconds, Ctrl-C ends the process and a missing library is one line. A standard stream that is
+closed (`>&-`) is opened.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import inspect
 import io
 import itertools
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,27 +30,34 @@ def open_closed_streams() -> None:
             setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
 
 
-def explain(
+def let_ctrl_c_end_it() -> None:
+    """Have SIGINT end the process, if it is one of our scripts, until `run_script`.
+
+    Not every library survives a KeyboardInterrupt while it loads with dignity.
+    """
+    main_file = getattr(sys.modules["__main__"], "__file__", None)
+    ours = main_file and Path(__file__).resolve().parent in Path(main_file).resolve().parents
+    if ours and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def explain_missing(
     kind: type[BaseException], error: BaseException, traceback: TracebackType | None
 ) -> None:
-    """Python's last word on an exception, but a line for those that come while libraries load."""
+    """Tell of a library that is not installed in a line, of any other exception as Python does."""
     missing = (getattr(error, "name", None) or "").split(".")[0]
     ours = Path(__file__).with_name(f"{missing}.py").exists()
-    if issubclass(kind, ModuleNotFoundError) and missing and not ours:
-        print(
-            f"error: {missing}: not installed; run `pip install -r requirements.txt`",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(2)
-    if issubclass(kind, KeyboardInterrupt):  # after which Python ends by the signal: status 130
-        print("interrupted", file=sys.stderr)
-    else:
+    if not issubclass(kind, ModuleNotFoundError) or ours:
         sys.__excepthook__(kind, error, traceback)
+        return
+    remedy = "run `pip install -r requirements.txt`"
+    print(f"error: {missing}: not installed; {remedy}", file=sys.stderr, flush=True)
+    os._exit(2)
 
 
 open_closed_streams()
-sys.excepthook = explain
+let_ctrl_c_end_it()
+sys.excepthook = explain_missing
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
@@ -61,6 +70,8 @@ def run_script(main: Callable[[list[str]], None]) -> None:
 
     from utils import DivergenceError, InputError, StoppedError, print_error
 
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a ± where only ASCII may be printed

@@ -9,7 +9,9 @@ All that it needs is in the checkpoint: no constant of config.py is used.
 
 import script
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +26,9 @@ from data import Dataset, load_dataset
 from distributed import init_processes
 from metrics import Score, calibrate, evaluate, score
 from model import model_cost
-from utils import InputError
+from utils import InputError, printable
 
 NUM_MISTAKES = 24  # in their figure
-FIGURES = ("confusion", "calibration", "mistakes")
 
 
 def test(
@@ -69,8 +70,8 @@ def test(
     data = data.to(init_processes())
     cost = model_cost(model.architecture)
     print(
-        f"{path.as_posix()}: {info.get('preset')} network, {cost.num_params:,} parameters,"
-        f" {cost.macs / 1e6:,.1f} M MACs, {info.get('epochs')} epochs of {data.name}"
+        f"{shown(path)}: {printable(info.get('preset'))} network, {cost.num_params:,} parameters,"
+        f" {cost.macs / 1e6:,.1f} M MACs, {printable(info.get('epochs'))} epochs of {data.name}"
     )
     logits = classify(model, info, data)
     labels = data.test.labels
@@ -88,22 +89,14 @@ def test(
     counts = confusion(logits.argmax(1), labels, len(data.class_names))
     print_per_class(counts, data.class_names)
 
-    title = f"{path.as_posix()}: {plain.accuracy:.2f}%"
-    figures = [path.with_name(f"{path.stem}_{name}.png") for name in FIGURES]
-    plots.confusion_matrix(counts.numpy(), data.class_names, figures[0], title)
-    plots.calibration(bins, figures[1], title)
-    plots.mistakes(*worst_mistakes(logits, data), figures[2], title)
-    for figure in figures:
-        print(f"figure: {figure.as_posix()}")
-
     comparison = None
     if compare:
         other_logits = classify(other, other_info, data)
         comparison = mcnemar(logits, other_logits, labels)
-        print(f"\n{other_path.as_posix()}: {score(other_logits, labels)}")
+        print(f"{shown(other_path)}: {score(other_logits, labels)}")
         print(
             f"right with the first alone {comparison['only_first']:,}, with the second alone"
-            f" {comparison['only_second']:,}\nMcNemar's exact test: p = {comparison['p']:.2g}"
+            f" {comparison['only_second']:,}\nMcNemar's exact test: p = {comparison['p']:.2g}\n"
         )
 
     result = {
@@ -122,7 +115,30 @@ def test(
     }
     if json:
         utils.write_json(Path(json), result)
+    draw(
+        path,
+        f"{path.as_posix()}: {plain.accuracy:.2f}%",
+        confusion=partial(plots.confusion_matrix, counts.numpy(), data.class_names),
+        calibration=partial(plots.calibration, bins),
+        mistakes=partial(plots.mistakes, *worst_mistakes(logits, data)),
+    )
     return result
+
+
+def draw(path: Path, title: str, **drawings: Callable[[Path, str], None]) -> None:
+    """Draw figures beside a checkpoint; one that cannot be is a warning: the numbers are told."""
+    for name, drawing in drawings.items():
+        figure = path.with_name(f"{path.stem}_{name}.png")
+        try:
+            drawing(figure, title)
+            print(f"figure: {shown(figure)}")
+        except InputError as error:
+            utils.warn(f"no figure: {error}")
+
+
+def shown(path: Path) -> str:
+    """A path as it is printed."""
+    return printable(path.as_posix())
 
 
 def check_data(path: Path, info: dict[str, object], data: Dataset) -> None:
@@ -150,7 +166,8 @@ def find_checkpoint(path: Path) -> Path:
     """
     if not path.is_dir():
         return path
-    runs = [*path.glob("model.safetensors"), *path.glob("*/model.safetensors")]
+    depths = ("", "*/", "*/*/")  # a run, a folder of runs, and of groups of them
+    runs = [run for depth in depths for run in path.glob(f"{depth}model.safetensors")]
     if runs:
         return max(runs, key=lambda run: run.stat().st_mtime)
     if released := sorted(path.glob("*.safetensors")):

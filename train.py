@@ -79,9 +79,7 @@ def train(
         raise InputError(f"seeds: {config.seeds} networks are not one; call train_seeds")
     device = distributed.init_processes(config.deterministic)
     folder = CHECKPOINTS / config.name
-    state = load_run(folder, config.resume, config.overwrite)
-    if state:
-        check_resumable(config, state["config"], folder)
+    saved_state(config)  # a verdict on it before any work
     if data is None:
         with distributed.first_on_each_machine():
             data = load_dataset(
@@ -93,7 +91,6 @@ def train(
             f"num_classes: {config.num_classes}, but {data.name} has {len(data.class_names)}; use"
             " that"
         )
-    check_images(state, data.fingerprint)
 
     data = data.to(device)
     steps = math.ceil(len(data.train) / config.batch_size)
@@ -103,21 +100,19 @@ def train(
     proxy = Proxy(config, data, device, steps) if config.keep_fraction < 1 else None
     metrics = Metrics(config.epochs, num_images)
     parts = {"learner": learner, "metrics": metrics} | ({"proxy": proxy} if proxy else {})
-    if state:
-        restore(state, parts, folder)
-
-    def evaluated(split: Split) -> Score | None:
-        if not len(split):
-            return None
-        return score(evaluate(learner.eval_model, split.images, data.normalize), split.labels)
 
     with (
         lock_folder(folder),
         distributed.StopSignals() as stop,
         divergence_explained(folder, metrics),
     ):
+        state = saved_state(config)  # now that no other process can change it
+        if state:
+            check_images(state, data.fingerprint)
+            restore(state, parts, folder)
+        distributed.barrier()  # all have read it before anything is written
         if distributed.is_main():
-            prepare_folder(folder, bool(state), config.resume, config.overwrite)
+            prepare_folder(folder, bool(state))
             print_plan(config, data, device, steps, metrics)
             run_id = state and state["metrics"]["wandb_id"]
             group = config.name.rpartition("/")[0] or None
@@ -126,6 +121,14 @@ def train(
         metadata = describe(config, data, device)
         checkpointer = Checkpointer(folder, parts, started, metadata, config.save_minutes, stop)
         checkpointer.save()
+
+        def evaluated(split: Split) -> Score | None:
+            if not len(split):
+                return None
+            images, check = split.images, checkpointer.while_evaluating
+            logits = evaluate(learner.eval_model, images, data.normalize, after_batch=check)
+            return score(logits, split.labels)
+
         if distributed.is_main():
             utils.write_json(folder / "config.json", record(config))
         if report and metrics.log:
@@ -153,8 +156,21 @@ def train(
                 print(f"test accuracy: {test}")
                 print(f"next: python test.py {(folder / 'model.safetensors').as_posix()}")
             scores = {"test_loss": test.loss, "test_accuracy": test.accuracy} if test else {}
-            metrics.wandb.finish(scores, folder / "curves.png")
+            metrics.wandb.finish(scores, folder / "curves.png", stop)
     return metrics.log, test
+
+
+def saved_state(config: Config) -> dict[str, object] | None:
+    """The training state that the run goes on from; None for a new run.
+
+    Raises:
+        InputError: there is a run that may not be overwritten, or that these constants do not fit.
+    """
+    folder = CHECKPOINTS / config.name
+    state = load_run(folder, config.resume, config.overwrite)
+    if state:
+        check_resumable(config, state["config"], folder)
+    return state
 
 
 def epoch_batches(
@@ -181,6 +197,7 @@ def train_seeds(config: Config) -> list[Score]:
     Raises:
         InputError: one of them cannot be trained; nothing was written.
         DivergenceError: a loss is no longer finite; the runs before it are whole.
+        StoppedError: a signal asked to end; --resume goes on.
     """
     from scipy.stats import t as student_t  # here: it takes most of a second to load
 
@@ -188,9 +205,14 @@ def train_seeds(config: Config) -> list[Score]:
     for seed in range(config.seed, config.seed + config.seeds):
         runs.append(replace(config, name=f"{config.name}-{seed}", seed=seed, seeds=1))
         check_config(runs[-1])
-        folder = CHECKPOINTS / runs[-1].name
-        load_run(folder, config.resume, config.overwrite)  # nothing may be in the way hours later
-    scores = [train(run)[1] for run in runs]
+        saved_state(runs[-1])  # nothing may be in the way hours later
+    scores = []
+    with distributed.StopSignals() as stop:
+        for run in runs:
+            stop.raise_if_received(
+                f"before {run.name}; the same command with --resume goes on from there"
+            )
+            scores.append(train(run)[1])
     accuracies = [score.accuracy for score in scores]
     mean, std = statistics.mean(accuracies), statistics.stdev(accuracies)
     low, high = student_t.interval(0.95, len(runs) - 1, mean, std / math.sqrt(len(runs)))

@@ -1,19 +1,20 @@
 """Kill trainings and damage their files at random, and see whether anything is lost.
 
-    python tests/faults.py --kills 200 --corruptions 200
+    python tests/faults.py --kills 200 --signals 200 --corruptions 200
 
 A kill is SIGKILL at a random instant, or just before a random access to a file of the run, so that
 every gap in a save is met; every third run is killed again while it goes on. What is resumed must
 end as the unbroken run did, bit for bit: weights, BN statistics, average, optimizer, schedule,
 log (but its seconds) and test accuracy.
 
+A signal (SIGINT, SIGTERM, SIGUSR1 or SIGHUP, at a random instant) must be answered with a line, the
+state saved, and the status that it has by convention; what is resumed must be the same too.
+
 A corruption flips a bit of a saved file, cuts it off, zeroes a range or swaps two. It must be
 noticed or make no difference. Whatever happens is one line of text, never a traceback.
 
 Each training is a fork of this process, so that PyTorch is loaded once.
 """
-
-import script
 
 import argparse
 import contextlib
@@ -38,7 +39,10 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import script  # noqa: E402
+
 import checkpoint  # noqa: E402
+import distributed  # noqa: E402
 import train  # noqa: E402
 import utils  # noqa: E402
 from checkpoint import load_model  # noqa: E402
@@ -76,6 +80,7 @@ def main() -> int:
     """Run both campaigns; returns 0 if nothing was lost."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--signals", type=int, default=200)
     parser.add_argument("--corruptions", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -87,6 +92,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         whole = [Whole(config) for config in RECIPES]
         lost = kill_all(whole, args.kills, rng)
+        lost += signal_all(whole, args.signals, rng)
         lost += corrupt_all(whole, args.corruptions, rng)
     return 1 if lost else 0
 
@@ -121,11 +127,11 @@ class Fork:
             sys.stdout.flush()
             os._exit(status)
 
-    def wait(self, seconds: float = 0) -> int:
-        """Kill it after so many seconds, if given; its exit status, negative for a signal."""
+    def wait(self, seconds: float = 0, number: int = signal.SIGKILL) -> int:
+        """Signal it after so many seconds, if given; its exit status, negative for a signal."""
         if seconds:
             time.sleep(seconds)
-            os.kill(self.pid, signal.SIGKILL)
+            os.kill(self.pid, number)
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
     @property
@@ -206,13 +212,8 @@ def kill_all(whole: list[Whole], number: int, rng: random.Random) -> int:
             unsaved += 1  # in its first moments: the same command starts anew
         elif twice:
             again += killed(one, rng)
-        fork = Fork(replace(one.config, resume=has_state(one.config)))
-        status = fork.wait()
-        within += any("going on after" in line and "step" in line for line in fork.lines)
-        if status == 0 and is_silent(fork) and result(one.config) == one.result:
-            identical += 1
-        else:
-            print(f"lost, kill {kills}: exit status {status}", *fork.lines, sep="\n  ")
+        same, mid_epoch = resumes_to_the_same(one)
+        identical, within = identical + same, within + mid_epoch
         bar.update()
     bar.close()
     print(f"kills {kills}, and {again} again while going on; before the first save {unsaved}")
@@ -229,6 +230,16 @@ def killed(one: Whole, rng: random.Random) -> bool:
     return Fork(config, fatal=rng.randint(1, one.accesses)).wait() == -signal.SIGKILL
 
 
+def resumes_to_the_same(one: Whole) -> tuple[bool, bool]:
+    """Go on with a run: whether it ends as the unbroken one, and whether it began in mid-epoch."""
+    fork = Fork(replace(one.config, resume=has_state(one.config)))
+    status = fork.wait()
+    same = status == 0 and is_silent(fork) and result(one.config) == one.result
+    if not same:
+        print(f"lost: exit status {status}", *fork.lines, sep="\n  ")
+    return same, any("going on after" in line and "step" in line for line in fork.lines)
+
+
 def has_state(config: Config) -> bool:
     """Whether there is something to resume."""
     return checkpoint.has_state(CHECKPOINTS / config.name)
@@ -238,6 +249,37 @@ def is_silent(fork: Fork) -> bool:
     """Whether it printed nothing but what a training prints, or that it used previous.pt."""
     unusual = [line for line in fork.lines if line.startswith(("error", "warning", "Traceback"))]
     return all(line.startswith("warning: ") and checkpoint.PREVIOUS in line for line in unusual)
+
+
+# ---------------------------------------------------------------- signals
+
+
+def signal_all(whole: list[Whole], number: int, rng: random.Random) -> int:
+    """Signal so many trainings, and resume each; returns how many did wrong or were lost."""
+    counts = {"saved": 0, "before the run": 0, "too late": 0, "wrong": 0}
+    for trial in tqdm(range(number), desc="signals", disable=None):
+        one = whole[trial % len(whole)]
+        shutil.rmtree("checkpoints", ignore_errors=True)
+        name = rng.choice(distributed.StopSignals.NAMES)
+        fork, sent = Fork(one.config), getattr(signal, name)
+        status = fork.wait(rng.uniform(0.01, one.seconds), sent)
+        last = (fork.lines or [""])[-1]
+        if status == 128 + sent and last.startswith(f"stopped by {name} after "):
+            outcome = "saved" if f"{name}: stopping after" in "".join(fork.lines) else "wrong"
+        elif status == 0:  # heard after the last step, or not at all
+            outcome = "too late"
+        else:  # it has its usual effect until there is something to save
+            begun = has_state(one.config)
+            usual = status == -sent or (status, last) == (130, "interrupted")
+            outcome = "before the run" if usual and not begun else "wrong"
+        if outcome == "wrong":
+            print(f"wrong: {name}, exit status {status}", *fork.lines, sep="\n  ")
+        elif not (result(one.config) == one.result if status == 0 else resumes_to_the_same(one)[0]):
+            outcome = "wrong"
+        counts[outcome] += 1
+    shown = ", ".join(f"{name} {count}" for name, count in counts.items())
+    print(f"signals {number}: {shown}")
+    return counts["wrong"]
 
 
 # ---------------------------------------------------------------- corruptions

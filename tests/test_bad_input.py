@@ -2,21 +2,26 @@
 
 import contextlib
 import json
+import os
 import pickle
 import shutil
+import signal
+import subprocess
 import sys
+import time
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, Bomb, run, run_main
+from conftest import ROOT, TINY, Bomb, command, run, run_main
 
 import checkpoint
 import data
 import test as test_script
 import train as train_script
+import utils
 from checkpoint import save_model
 from config import PRESETS, check_config, load_config
 from model import Architecture, ResNet
@@ -329,7 +334,7 @@ def test_run_folder_that_cannot_be_made(monkeypatch, capsys):
     check_refusal("train.py", ["demo", "--wandb", "disabled"], words, monkeypatch, capsys)
 
 
-@pytest.mark.parametrize("text", ["", "[1]", '{"depth": 3}', '{"c1":', "\x00"])
+@pytest.mark.parametrize("text", ["", "[1]", '{"depth": 3}', '{"c1":', "\x00", 99_999 * "["])
 def test_file_of_constants_that_is_none(text, monkeypatch, capsys):
     Path("bad.json").write_text(text)
     words = ["config", "bad.json", "config.json that train.py wrote"]
@@ -339,6 +344,70 @@ def test_file_of_constants_that_is_none(text, monkeypatch, capsys):
 def test_file_of_constants_with_a_bad_one(monkeypatch, capsys):
     Path("bad.json").write_text('{"c1": "wide"}')
     check_refusal("train.py", ["--config", "bad.json"], ["c1", "'wide'"], monkeypatch, capsys)
+
+
+def test_weights_that_are_not_finite_are_no_result(finished, monkeypatch, capsys):
+    model, info = checkpoint.load_model("checkpoints/demo/model.safetensors")
+    del info["architecture"]
+    model.linear.bias.data[3] = float("nan")
+    save_model("nan.safetensors", model, info)
+    assert run_main(test_script.main, "nan.safetensors", monkeypatch=monkeypatch) == 2
+    assert "its weights are not finite" in capsys.readouterr().err
+
+
+def test_compile_without_a_compiler(monkeypatch):
+    """Before any work."""
+    result = run("train.py", "demo", "--compile", CXX="/nowhere/g++")
+    assert result.stderr.startswith("error: compile: torch.compile does not work here (")
+    assert result.stderr.endswith("a C++ compiler, or use --no-compile\n")
+    assert result.stderr.count("\n") == 1
+    assert result.returncode == 2
+    assert not Path("checkpoints").exists()
+
+
+def test_missing_library_is_one_line():
+    Path("torch.py").write_text("raise ModuleNotFoundError('gone', name='torch')")
+    result = run("train.py", "demo", PYTHONPATH=".")
+    assert result.stderr == ("error: torch: not installed; run `pip install -r requirements.txt`\n")
+    assert result.returncode == 2
+    Path("torch.py").write_text("import model, nothing_of_ours")  # what someone edits
+    error = "raise ModuleNotFoundError('gone', name='model')"
+    Path("torch.py").write_text(error)
+    result = run("train.py", "demo", PYTHONPATH=".")
+    assert "Traceback" in result.stderr and error in result.stderr
+    assert result.returncode == 1
+
+
+def test_ctrl_c_while_the_libraries_load():
+    process = subprocess.Popen(command("train.py", "-h"), stderr=subprocess.PIPE, text=True)
+    while "torch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[1] == ""
+    assert process.returncode == -signal.SIGINT  # which shells call 130
+
+
+def test_output_that_knows_no_unicode():
+    code = "import script; script.run_script(lambda _: print('94.8 ± 0.1'))"
+    env = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "94.8 ? 0.1\n"), result.stderr
+
+
+def test_commit_of_a_repository_around_ours_is_not_ours(monkeypatch):
+    outer = Path("outer")
+    shutil.copytree(ROOT, outer / "ours", ignore=lambda *_: {".git", "data", "checkpoints"})
+    for words in ("init -q", "add .", "-c user.name=x -c user.email=x commit -qm outer"):
+        subprocess.run(["git", *words.split()], cwd=outer, check=True)
+    monkeypatch.setattr(utils, "__file__", str(outer / "ours" / "utils.py"))
+    monkeypatch.setenv("GIT_DIR", str(outer.resolve() / ".git"))  # as in a hook
+    assert utils.git_commit.__wrapped__() == "unknown"
+
+
+def test_config_file_with_a_byte_order_mark():
+    Path("config.json").write_text(json.dumps(asdict(TINY)), encoding="utf-8-sig")
+    assert load_config("config.json") == TINY
 
 
 def test_config_file_round_trip():

@@ -1,5 +1,9 @@
 """A run cannot be lost: kills, signals, full disks, two runs at once, divergence, damaged files."""
 
+import fcntl
+import functools
+import hashlib
+import io
 import itertools
 import os
 import re
@@ -8,20 +12,22 @@ import signal
 import subprocess
 import sys
 import tarfile
+import termios
+import zipfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Bomb, run, run_main
+from conftest import ROOT, Bomb, command, run, run_main
 
 import checkpoint
 import learner
 import train as train_script
 import utils
 from checkpoint import load_model
-from config import record
+from config import check_resumable, record
 from data import load_dataset
 from metrics import Metrics
 from train import main, train
@@ -85,11 +91,12 @@ def network(monkeypatch):
 
 def test_small_campaign_loses_nothing():
     """SIGKILL and damaged files, for the recipes of all presets; `faults.py` says what it does."""
-    result = run("tests/faults.py", "--kills", 4, "--corruptions", 8)
+    result = run("tests/faults.py", "--kills", 4, "--signals", 4, "--corruptions", 8)
     assert result.returncode == 0, result.stdout + result.stderr
-    kills, resumes, corruptions = result.stdout.splitlines()
+    kills, resumes, signals, corruptions = result.stdout.splitlines()
     assert kills.startswith("kills 4, ")
-    assert re.search(r" within an epoch [1-4]; identical 4, lost 0$", resumes)
+    assert re.search(r" within an epoch [0-4]; identical 4, lost 0$", resumes)
+    assert re.search(r"^signals 4: .*, wrong 0$", signals)
     assert re.search(r"^corruptions 8: detected \d+, harmless \d+, wrong 0$", corruptions)
 
 
@@ -124,7 +131,7 @@ def test_what_a_killed_process_was_writing_is_removed(tiny):
 # ---------------------------------------------------------------- signals
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"])
 def test_signal_lets_the_step_end_saves_and_says_how_to_go_on(
     name, tiny, at_step, monkeypatch, capsys
 ):
@@ -155,19 +162,139 @@ def test_signal_in_the_last_step_of_an_epoch(tiny, at_step, monkeypatch, capsys)
     assert len(log()) == 2
 
 
-def test_signal_too_late_to_matter_lets_the_run_finish(tiny, at_step, monkeypatch):
-    monkeypatch.setattr(checkpoint.Checkpointer, "after_step", lambda self: None)
-    at_step(9, lambda: os.kill(os.getpid(), signal.SIGTERM))
+def test_signal_too_late_to_matter_lets_the_run_finish(tiny, monkeypatch, capfd):
+    """The last step is taken and the network tested when it comes."""
+    finish = checkpoint.Checkpointer.finish
+
+    def signalled(self, score):
+        os.kill(os.getpid(), signal.SIGTERM)
+        finish(self, score)
+
+    monkeypatch.setattr(checkpoint.Checkpointer, "finish", signalled)
     assert run_main(main, *LINE, monkeypatch=monkeypatch) == 0
     assert load_model(FOLDER / "model.safetensors")[1]["accuracy"]["test"] is not None
+    assert "test accuracy" in capfd.readouterr().out
 
 
-def test_second_ctrl_c_stops_at_once(tiny, at_step, monkeypatch, capsys):
+def test_signal_in_the_last_epoch_leaves_only_the_test_to_resume(
+    tiny, at_step, monkeypatch, capsys
+):
+    _, whole = train(replace(tiny, name="whole"))
+    capsys.readouterr()
+    monkeypatch.setattr(checkpoint.Checkpointer, "after_step", lambda self: None)
+    at_step(9, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run_main(main, *LINE, monkeypatch=monkeypatch) == 143
+    captured = capsys.readouterr()
+    assert "stopped by SIGTERM after epoch 3, saved" in captured.err
+    assert "test accuracy" not in captured.out
+    assert train(replace(tiny, resume=True))[1] == whole
+
+
+@pytest.mark.parametrize("moment", ["last epoch", "finish", "before its first step"])
+def test_signal_stops_before_the_next_seed(moment, tiny, at_step, monkeypatch, capfd):
+    interrupt = partial(os.kill, os.getpid(), signal.SIGINT)
+    if moment == "last epoch":
+        monkeypatch.setattr(checkpoint.Checkpointer, "after_step", lambda self: None)
+        at_step(9, interrupt)
+    elif moment == "finish":
+        finish = checkpoint.Checkpointer.finish
+        monkeypatch.setattr(
+            checkpoint.Checkpointer, "finish", lambda *args: (interrupt(), finish(*args))
+        )
+    else:  # while the second network's data is loaded
+        loads = itertools.count(1)
+        monkeypatch.setattr(
+            train_script,
+            "load_dataset",
+            lambda *args: (next(loads) == 2 and interrupt(), load_dataset(*args))[1],
+        )
+    assert run_main(main, *LINE, "--seeds", 3, monkeypatch=monkeypatch) == 130
+    errors = capfd.readouterr().err.splitlines()
+    assert errors[0] == "SIGINT: stopping after this step; again to stop at once"
+    assert errors[1].startswith("stopped by SIGINT ")
+    assert errors[1].endswith("the same command with --resume goes on from there")
+    assert len(errors) == 2
+    begun = {path.name for path in Path("checkpoints").iterdir()}
+    assert begun == ({"tiny-0", "tiny-1"} if moment.startswith("before") else {"tiny-0"})
+    if moment.startswith("before"):
+        assert where(checkpoint.load_state(Path("checkpoints/tiny-1/last.pt"))) == (0, 1)
+    monkeypatch.undo()
+    assert run_main(main, *LINE, "--seeds", 3, "--resume", monkeypatch=monkeypatch) == 0
+    assert "3 seeds: test accuracy" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_signal_while_evaluating(split, tiny, monkeypatch, capsys):
+    """It is heard between two batches; what was learned in the epoch is not lost."""
+    config = replace(tiny, val_size=100)
+    monkeypatch.setattr("metrics.EVAL_BATCH", 50)  # val: 2 batches an epoch, test: 8
+    rows, whole = train(replace(config, name="whole"))
+    capsys.readouterr()
+    forward, batches = learner.ResNet.forward, itertools.count()
+    fatal = 3 if split == "val" else 7  # number 0 is the one that counts the MACs
+
+    def signalled(self, x):
+        if not self.training and next(batches) == fatal:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, x)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learner.ResNet, "forward", signalled)
+        assert run_main(main, *LINE, "--val-size", 100, monkeypatch=patch) == 143
+    captured = capsys.readouterr()
+    place = "epoch 2, step 3" if split == "val" else "epoch 3"
+    assert f"stopped by SIGTERM after {place}, saved" in captured.err
+    assert "test accuracy" not in captured.out
+    assert next(batches) == fatal + 1  # it was heard at once
+    assert train(replace(config, resume=True))[1] == whole
+    assert [row["val_loss"] for row in log()] == [row["val_loss"] for row in rows]
+
+
+def test_second_ctrl_c_stops_at_once(tiny, at_step, monkeypatch, capfd):
     at_step(5, lambda: (os.kill(os.getpid(), signal.SIGINT), os.kill(os.getpid(), signal.SIGINT)))
     assert run_main(main, *LINE, monkeypatch=monkeypatch) == 130
-    assert capsys.readouterr().err == "interrupted; a training goes on with --resume\n"
+    assert capfd.readouterr().err == (
+        "SIGINT: stopping after this step; again to stop at once\n"
+        "interrupted; --resume goes on from what was saved\n"
+    )
     state = checkpoint.load_state(FOLDER / "last.pt")
     assert where(state) == (1, 1)  # nothing was saved any more
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["", "nohup"])
+def test_closed_terminal(ignored):
+    """The terminal goes in mid-training: saved as at SIGTERM; under nohup the run goes on."""
+    line = command("train.py", *LINE, "--epochs", 12 if ignored else 400)
+    master, slave = os.openpty()
+    process = subprocess.Popen(
+        ["nohup", *line] if ignored else line,
+        stdin=slave,
+        stdout=subprocess.PIPE if ignored else slave,
+        stderr=subprocess.DEVNULL if ignored else slave,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(slave)
+    output = process.stdout.fileno() if ignored else master
+    shown = b""
+    while b"epoch   2/" not in shown and b"epoch  2/" not in shown:
+        shown += os.read(output, 1000)
+    os.close(master)
+    assert process.wait(timeout=60) == (0 if ignored else 128 + signal.SIGHUP)
+    epoch, _ = where(checkpoint.load_state(FOLDER / "last.pt"))
+    assert epoch == 12 if ignored else 2 <= epoch < 400
+
+
+@pytest.mark.parametrize("streams", ["2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(tiny, streams):
+    line = " ".join(command("train.py", *LINE))
+    result = subprocess.run(
+        ["bash", "-c", f"exec {line} {streams}"], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert load_model(FOLDER / "model.safetensors")[1]["accuracy"]["test"] is not None
+    assert len(log()) == 3
+    assert ("test accuracy" in result.stdout) == (streams == "2>&-")
 
 
 def test_slurm_script_of_the_docs_requeues_itself(tmp_path):
@@ -270,6 +397,23 @@ def test_second_run_in_a_folder_is_refused(tiny, monkeypatch, capsys):
     train(tiny)  # free again
 
 
+def test_state_is_read_under_the_lock(tiny, monkeypatch):
+    """Another process goes on with the run and ends between our first look and our lock."""
+    train(replace(tiny, epochs=1))
+    longer, load = replace(tiny, resume=True), train_script.load_dataset
+    results = []
+
+    def meanwhile(*args):
+        monkeypatch.setattr(train_script, "load_dataset", load)
+        results.append(train(replace(longer, epochs=2)))
+        return load(*args)
+
+    monkeypatch.setattr(train_script, "load_dataset", meanwhile)
+    rows, _ = train(longer)
+    assert rows[:2] == results[0][0]  # to the seconds: it was not trained again
+    assert len(log()) == 3
+
+
 @pytest.mark.parametrize("name", checkpoint.RUN_FILES)
 def test_any_file_of_a_run_protects_it(tiny, name):
     FOLDER.mkdir(parents=True)
@@ -348,6 +492,7 @@ def test_constants_that_change_nothing_may_change(tiny, tmp_path):
     first = train(tiny)
     FOLDER.rename("checkpoints/renamed")
     changes = {"name": "renamed", "data_dir": "elsewhere", "save_minutes": 1.0, "wandb": "offline"}
+    check_resumable(replace(tiny, compile=True), record(tiny), FOLDER)
     assert train(replace(tiny, resume=True, **changes)) == first
 
 
@@ -370,6 +515,45 @@ def test_state_with_code_inside_is_refused_though_its_checksum_is_right(tiny):
     with pytest.raises(InputError, match=r"^resume: .*last.pt is damaged or was not written by"):
         train(replace(tiny, resume=True))
     assert not Path("bomb_went_off").exists()
+
+
+def deflated(content):
+    """The same zip file, packed, with a record of zeros that unpacks to 500 MB."""
+    packed = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(content)) as old,
+        zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for record in old.infolist():
+            zeros = record.filename.endswith("data/0")
+            new.writestr(record.filename, bytes(500_000_000) if zeros else old.read(record))
+    return packed.getvalue()
+
+
+HOSTILE_STATES = {
+    "unpacks to much": lambda: deflated(saved({"a": torch.zeros(125_000_000)[:1].clone()})),
+    "claims much": lambda: saved({"a": torch.zeros(1).expand(10**9)}),
+    "in the old format": lambda: saved({"a": torch.zeros(1)}, _use_new_zipfile_serialization=False),
+    "a billion lists": lambda: saved({"config": functools.reduce(lambda x, _: [x] * 9, "." * 40)}),
+}
+
+
+def saved(state, **options):
+    buffer = io.BytesIO()
+    torch.save(state, buffer, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", HOSTILE_STATES)
+def test_hostile_state_takes_no_memory_before_it_is_refused(tiny, kind):
+    train(tiny)
+    content = HOSTILE_STATES[kind]()
+    for name in ("last.pt", checkpoint.PREVIOUS):
+        (FOLDER / name).write_bytes(content + hashlib.sha256(content).digest())
+    limit = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + 300_000_000
+    with pytest.raises(InputError, match=r"^resume: .*last.pt (is damaged|lacks)"):
+        train(replace(tiny, resume=True))
+    assert 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < limit
 
 
 @pytest.mark.parametrize("length", [2**62, 10**9, 2**64 - 1])

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,42 @@ def test_default_is_the_newest_run_else_a_released_model(tmp_path):
         os.utime(folder / name / "model.safetensors", (i % 2, i % 2))
     assert find_checkpoint(folder) == folder / "newest" / "model.safetensors"
     assert find_checkpoint(folder / "old") == folder / "old" / "model.safetensors"
+    of_a_group = folder / "group" / "run" / "model.safetensors"
+    of_a_group.parent.mkdir(parents=True)
+    of_a_group.touch()
+    assert find_checkpoint(folder) == find_checkpoint(folder / "group") == of_a_group
+
+
+def test_figure_that_cannot_be_written_costs_no_result(demo, tmp_path, monkeypatch, capsys):
+    path = shutil.copy(demo[0] / "model.safetensors", tmp_path)
+    Path("model_calibration.png").mkdir()  # in the way of the figure
+    assert run_main(main, path, "--json", "result.json", monkeypatch=monkeypatch) == 0
+    captured = capsys.readouterr()
+    assert re.fullmatch(
+        r"warning: no figure: .*model_calibration.png: cannot be written .*\n", captured.err
+    )
+    assert captured.out.count("figure: ") == 2
+    assert Path("model_confusion.png").exists() and Path("model_mistakes.png").exists()
+    assert json.loads(Path("result.json").read_text())["total"] == 359
+
+
+def test_what_a_terminal_would_obey_is_not_printed(demo, tmp_path, monkeypatch, capsys):
+    model, info = load_model(demo[0] / "model.safetensors")
+    del info["architecture"]
+    save_model("evil.safetensors", model, info | {"preset": "\x1b[2Jevil", "epochs": "\x1b]0;\a"})
+    assert run_main(main, "evil.safetensors", monkeypatch=monkeypatch) == 0
+    assert run_main(main, "\x1b[2J.safetensors", monkeypatch=monkeypatch) == 2
+    captured = capsys.readouterr()
+    assert "\x1b" not in captured.out + captured.err
+    assert "?[2Jevil network" in captured.out
+
+
+def test_title_with_a_dollar_sign_is_no_formula(demo, tmp_path, monkeypatch):
+    folder = tmp_path / "$\\frac{1$"  # as a formula it could not be drawn
+    folder.mkdir()
+    path = shutil.copy(demo[0] / "model.safetensors", folder)
+    assert run_main(main, path, monkeypatch=monkeypatch) == 0
+    assert len(list(folder.glob("*.png"))) == 3
 
 
 def test_calibration_error_is_the_mean_gap_between_confidence_and_accuracy():

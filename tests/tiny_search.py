@@ -6,8 +6,6 @@ FAULTS=two: the first two trials fail once, each its own way. FAULTS=greedy: the
 6 GB, and Ray is to kill it. FAULTS=full: they all find the disk full.
 """
 
-import script
-
 import os
 import signal
 import sys
@@ -15,6 +13,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import script
 
 import search
 import utils
