@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import distributed
 from data import Dataset
@@ -58,6 +59,7 @@ class Augmentation:
     flip: str  # `none`, `random` or `alternating`
     cutout_size: int  # side of the square that is greyed out, in pixels; 0 for none
     auto_augment: bool = False  # whether AutoAugment comes first
+    small_images: str = "crop"  # `crop` to the center or `scale`, where smaller ones are asked for
 
     def draw(self, indices: Tensor, seed: int, epoch: int) -> tuple[Tensor, ...]:
         """Shifts (N, 2), angles (N,), flips (N,) and Cutout's corners (N, 2) of `indices`.
@@ -84,6 +86,16 @@ class Augmentation:
         images = normalize(augment(images, *crop, self.padding_mode))
         return cut_out(images, corner, self.cutout_size) if self.cutout_size else images
 
+    def shrink(self, images: Tensor, size: int) -> Tensor:
+        """(N, 3, 32, 32) augmented images to (N, 3, size, size)."""
+        if size == IMAGE_SIZE:
+            return images
+        if self.small_images == "scale":
+            return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+        margin = (IMAGE_SIZE - size) // 2
+        center = slice(margin, margin + size)
+        return images[:, :, center, center]
+
 
 def train_batches(
     data: Dataset,
@@ -101,7 +113,7 @@ def train_batches(
 
     Args:
         first_step: batches to leave out, those that were trained on before.
-        image_size: only so many central pixels of the images' sides are given out.
+        image_size: side of the images that are given out, in pixels.
     """
     num_images, device = len(data.train), data.train.labels.device
     train = data.train
@@ -112,14 +124,12 @@ def train_batches(
     draws = augmentation.draw(order, seed, epoch)
     # All that an epoch draws goes to the device at once: no step waits for a transfer.
     order, *draws = (tensor.to(device) for tensor in (order, *draws))
-    margin = (IMAGE_SIZE - image_size) // 2
-    center = slice(margin, margin + image_size)
     for start in range(first_step * batch_size, num_images, batch_size):
         stop = min(start + batch_size, num_images)
         share = slice(start + distributed.rank(), stop, distributed.num_processes())
         batch = train[order[share]]
         images = augmentation(batch.images, [draw[share] for draw in draws], data.normalize)
-        yield images[:, :, center, center], batch.labels, stop - start
+        yield augmentation.shrink(images, image_size), batch.labels, stop - start
 
 
 def augment(

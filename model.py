@@ -10,9 +10,10 @@ channel multiplier, convolution, skip and pooling kernels). The named networks, 
 | model1 | (3, 3, 3)    | 34 |  4,865,580 |
 | model2 | (7, 7, 7)    | 22 |  4,971,680 |
 | fast   | (1, 1, 1)    | 24 |  4,342,042 |
+| best   | (3, 3, 3)    | 64 |  4,327,754 |
 
-`fast` differs in more than size: its stem is a frozen whitening convolution, and its stages begin
-with pooling instead of a stride.
+Their first stage is C1 or twice as wide (`best`, and four times `fast`). `fast` differs in more
+than size: its stem is a frozen whitening convolution, and its stages begin with pooling.
 
 `Architecture` holds the choices, and says what each one means. `model_cost` computes parameters,
 multiply-accumulates and activation memory of any architecture without allocating it.
@@ -135,16 +136,15 @@ class ResNet(nn.Module):
                 in_channels = channels
             stages.append(nn.Sequential(*blocks))
         self.stages = nn.Sequential(*stages)
-        self.pool = nn.AvgPool2d(a.pool_kernel)
         self.dropout = nn.Dropout(a.classifier_dropout)
-        pooled_size = feature_size(len(a.num_blocks), a.stem, a.downsample) // a.pool_kernel
-        self.linear = nn.Linear(in_channels * pooled_size**2, a.num_classes)
+        self.linear = nn.Linear(in_channels * pooled_size(a) ** 2, a.num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, 32, 32) normalised images to (N, num_classes) logits."""
+        """(N, 3, 32, 32) normalised images, or smaller ones, to (N, num_classes) logits."""
         x = self.relu(self.bn1(self.conv1(x)))  # (N, c1, 32, 32), of a whitening stem 31x31
         x = self.stages(x)  # (N, width * c1 * 2**(stages - 1), S, S)
-        x = self.pool(x).flatten(1)
+        # The map of a smaller image may be smaller than the window, which then takes all of it.
+        x = F.avg_pool2d(x, min(self.architecture.pool_kernel, x.shape[-1])).flatten(1)
         return self.linear(self.dropout(x))  # (N, num_classes)
 
     @torch.no_grad()
@@ -193,6 +193,13 @@ def feature_size(num_stages: int, stem: str, downsample: str, image_size: int = 
     size = image_size - 1 if stem == "whitening" else image_size
     # A stride rounds odd sizes up and pooling rounds them down.
     return size // 2**halvings if downsample == "pool" else -(-size // 2**halvings)
+
+
+def pooled_size(architecture: Architecture, image_size: int = IMAGE_SIZE) -> int:
+    """Side of what the pooling makes of the last feature map, a smaller image's included."""
+    a = architecture
+    size = feature_size(len(a.num_blocks), a.stem, a.downsample, image_size)
+    return size // min(a.pool_kernel, size) if size else 0
 
 
 def check_architecture(architecture: Architecture) -> None:

@@ -37,7 +37,6 @@ from config import (
     CHECKPOINTS,
     CLAIMS,
     PRESETS,
-    SMALL_SIZE,
     Config,
     check_batches,
     check_config,
@@ -179,7 +178,8 @@ def epoch_batches(
     """An epoch's augmented batches, from its step `first_step` on; each seeds its dropout."""
     augmentation = utils.part_of(config, Augmentation)
     order = (config.batch_size, config.seed, epoch, first_step)
-    size = SMALL_SIZE if epoch <= config.small_fraction * config.epochs else IMAGE_SIZE
+    small = epoch <= config.small_fraction * config.epochs
+    size = config.small_size if small else IMAGE_SIZE
     batches = train_batches(data, augmentation, *order, size)
     for step, batch in enumerate(itertools.islice(batches, steps - first_step), first_step):
         # Reseeded in every step, so that dropout, like the batches, needs no saved state.

@@ -67,11 +67,19 @@ FAST = {
         " schedule keep_fraction small_fraction"
     ).split()
 } | {"width": 1}
+SMALL = ("small_fraction", "small_size", "small_images")  # of the preset best
 RECIPES = [
     TINY,
     replace(TINY, schedule="cosine_restarts", restart_epochs=1, save_minutes=0.001),
     replace(TINY, **FAST),
-    replace(TINY, nesterov=True, warmup_epochs=1, ema_decay=0.9, cutout_size=8),
+    replace(
+        TINY,
+        **{name: getattr(PRESETS["best"], name) for name in SMALL},
+        nesterov=True,
+        warmup_epochs=1,
+        ema_decay=0.9,
+        cutout_size=8,
+    ),
 ]
 FILES = ("last.pt", checkpoint.PREVIOUS, "model.safetensors")
 

@@ -3,6 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as reference
 
@@ -209,6 +210,18 @@ def test_small_batches_are_the_centre_of_the_whole_ones():
     small, same_labels, _ = next(train_batches(digits, augmentation, 50, 0, 1, image_size=28))
     assert torch.equal(small, whole[:, :, 2:30, 2:30])
     assert torch.equal(labels, same_labels)
+
+
+def test_scaled_down_batches_are_what_pillow_makes_of_the_whole_ones():
+    digits = load_dataset("digits")
+    augmentation = Augmentation(4, "reflect", 5.0, "random", 8, small_images="scale")
+    whole, labels, _ = next(train_batches(digits, augmentation, 20, 0, 1))
+    small, same_labels, _ = next(train_batches(digits, augmentation, 20, 0, 1, image_size=24))
+    assert small.shape == (20, 3, 24, 24)
+    assert torch.equal(labels, same_labels)
+    for image, scaled in zip(whole[:, 0], small[:, 0], strict=True):
+        expected = Image.fromarray(image.numpy()).resize((24, 24), Image.Resampling.BILINEAR)
+        assert np.allclose(scaled, np.asarray(expected), atol=1e-4)
 
 
 def test_normalize_gives_zero_mean_and_unit_variance():

@@ -91,9 +91,16 @@ BAD_LINES = [
     ("train.py demo --epochs 0", ["epochs", "0", "at least 1"]),
     ("train.py demo --keep-fraction 0", ["keep_fraction", "0", "from 0.01 to 1"]),
     ("train.py --small-fraction 1.1", ["small_fraction", "1.1", "from 0 to 1"]),
+    ("train.py --small-size 7", ["small_size", "7", "from 8 to 32"]),
+    ("train.py --small-images shrink", ["--small-images", "'shrink'", "scale"]),
     (
-        "train.py --small-fraction 0.5",
-        ["small_fraction", "0.5", "28x28", "pool_kernel of 8", "use 0"],
+        "train.py model1 --pool-kernel 4 --small-fraction 0.5 --small-size 24",
+        ["small_size", "24x24", "to 1x1", "32x32 to 2x2", "small_fraction of 0"],
+    ),
+    (
+        "train.py demo --num-blocks 1 1 1 1 --c1 4 --downsample pool --pool-kernel 2"
+        " --small-fraction 0.5 --small-size 8",
+        ["small_size", "8x8", "to 0x0", "32x32 to 1x1"],
     ),
     ("train.py demo --lr -0.1", ["lr", "-0.1", "from 0 to 1000"]),
     ("train.py demo --lr inf", ["lr", "inf", "from 0 to 1000"]),

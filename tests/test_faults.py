@@ -21,17 +21,18 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, Bomb, command, run, run_main
+from faults import SMALL
 
 import checkpoint
 import learner
 import train as train_script
 import utils
 from checkpoint import load_model
-from config import check_resumable, record
+from config import PRESETS, check_resumable, record
 from data import load_dataset
 from metrics import Metrics
 from train import main, train
-from utils import InputError
+from utils import InputError, StoppedError
 
 FOLDER = Path("checkpoints/tiny")
 LINE = (
@@ -188,6 +189,18 @@ def test_signal_in_the_last_epoch_leaves_only_the_test_to_resume(
     assert "stopped by SIGTERM after epoch 3, saved" in captured.err
     assert "test accuracy" not in captured.out
     assert train(replace(tiny, resume=True))[1] == whole
+
+
+@pytest.mark.parametrize("step", [2, 5])
+def test_run_goes_on_among_its_smaller_images_and_among_the_others(step, tiny, at_step):
+    small = {name: getattr(PRESETS["best"], name) for name in SMALL}
+    config = replace(tiny, **small, epochs=2)
+    _, whole = train(replace(config, name="whole"))
+    at_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(StoppedError):
+        train(config)
+    assert train(replace(config, resume=True))[1] == whole
+    assert same(weights(), weights(Path("checkpoints/whole")))
 
 
 @pytest.mark.parametrize("moment", ["last epoch", "finish", "before its first step"])

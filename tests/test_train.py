@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import run_main
-from faults import FAST
+from faults import FAST, SMALL
 from torch.nn import functional as F
 
 import distributed
@@ -120,7 +120,7 @@ def test_training_is_sgd_on_the_mean_cross_entropy(tiny, nesterov):
 
 def test_images_of_best_are_augmented_as_its_constants_say():
     augmentation = part_of(PRESETS["best"], Augmentation)
-    assert augmentation == Augmentation(4, "zeros", 0.0, "random", 8, True)
+    assert augmentation == Augmentation(4, "reflect", 0.0, "alternating", 16, True, "scale")
 
 
 def test_orthogonalize_moves_all_singular_values_to_about_1():
@@ -393,24 +393,31 @@ def test_proxy_learns_from_every_fourth_batch(tiny):
     assert changed == [True, False, False, False, True, False, False, False, True]
 
 
-def test_small_fraction_of_the_epochs_sees_the_centre_alone(tiny, monkeypatch):
-    sizes, forward = [], ResNet.forward
+@pytest.fixture
+def sizes(monkeypatch):
+    """A list that gets the side of the images of every training step."""
+    seen, forward = [], ResNet.forward
 
     def spy(model, x):
         if model.training and not x.is_meta:
-            sizes.append(x.shape[-1])
+            seen.append(x.shape[-1])
         return forward(model, x)
 
     monkeypatch.setattr(ResNet, "forward", spy)
-    train(
-        replace(
-            tiny,
-            **FAST | {"keep_fraction": 1.0, "small_fraction": 0.5},
-            epochs=4,
-            max_steps_per_epoch=2,
-        )
-    )
+    return seen
+
+
+def test_small_fraction_of_the_epochs_sees_the_centre_alone(tiny, sizes):
+    recipe = FAST | {"keep_fraction": 1.0, "small_fraction": 0.5}
+    train(replace(tiny, **recipe, epochs=4, max_steps_per_epoch=2))
     assert sizes == [28] * 4 + [32] * 4
+
+
+def test_recipe_of_best_scales_its_first_images_down(tiny, sizes):
+    """Its window of 8 pixels takes all 6 of the smaller map."""
+    small = {name: getattr(PRESETS["best"], name) for name in SMALL}
+    train(replace(tiny, **small, epochs=4, max_steps_per_epoch=2))
+    assert sizes == [24] * 4 + [32] * 4
 
 
 def test_seeds_are_trained_in_turn_and_summed_up(tiny, monkeypatch, capsys):
