@@ -17,7 +17,7 @@ from torch import nn
 
 import plots
 import utils
-from model import ResNet
+from model import ResNet, pooled_size
 from plots import BLUE, GREY, ORANGE
 
 
@@ -36,7 +36,9 @@ def architecture(model: ResNet, path: str | Path, title: str) -> None:
         text = f"{arguments.num_blocks[i]} blocks, {kernels[i]}x{kernels[i]}\n{parameters(stage)}"
         maps.append((f"stage {i + 1}", text, shapes[f"stages.{i}"]))
     window = arguments.pool_kernel
-    maps.append(("pool", f"{window}x{window} average\n", shapes["pool"]))
+    side = pooled_size(arguments)
+    pooled = (model.linear.in_features // side**2, side, side)
+    maps.append(("pool", f"{window}x{window} average\n", pooled))
     maps.append(("linear", f"logits\n{parameters(model.linear)}", shapes["linear"]))
 
     figure = Figure(figsize=(10, 5.2), layout="constrained")
@@ -249,6 +251,35 @@ def accuracy_over_time(
     plots.save(figure, path)
 
 
+def beside_the_paper(
+    ours: list[dict[str, float | None]], paper: list[dict[str, float]], path: str | Path
+) -> None:
+    """Loss and accuracy on the training images, as seen while training, of TPSNet's two logs.
+
+    Args:
+        ours: log.csv of a run, as far as it is.
+        paper: the authors' own log, a row per epoch.
+    """
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    panels = {"loss": ("train_loss", "train_loss"), "accuracy, %": ("train_acc", "train_accuracy")}
+    for axes, (label, (theirs, name)) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        for rows, column, style, legend in (
+            (paper, theirs, {"color": GREY}, f"the authors' log: {len(paper)} epochs"),
+            (ours, name, {"color": BLUE, "marker": "o"}, f"ours: {len(ours)} epochs so far"),
+        ):
+            epochs = range(1, len(rows) + 1)
+            axes.plot(epochs, [row[column] for row in rows], markersize=3, label=legend, **style)
+        axes.set_xscale("log")
+        ticks = [1, 3, 10, 30, 100, 300]
+        axes.set_xticks(ticks, ticks)
+        axes.minorticks_off()
+        axes.set(xlabel="epoch", ylabel=f"training {label}")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(frameon=False, fontsize=9)
+    plots.save(figure, path)
+
+
 def main(_args: list[str]) -> None:
     """Draw them all; the benchmark's only if there is a studies/benchmark.json."""
     images, studies = Path("images"), Path("studies")
@@ -258,6 +289,8 @@ def main(_args: list[str]) -> None:
         benchmark(json.loads(measured.read_text(encoding="utf-8")), images / "benchmark.png")
     logs = [utils.read_csv(studies / f"fast/{name}-validation.csv") for name in ("fast", "tpsnet")]
     accuracy_over_time(*logs, epochs=300, published=94.84, path=images / "fast.png")
+    logs = [utils.read_csv(studies / f"tpsnet/{name}.csv") for name in ("log", "paper")]
+    beside_the_paper(*logs, images / "tpsnet.png")
     options = json.loads((studies / "search/search.json").read_text(encoding="utf-8"))
     caption = "{num_samples} trials, {epochs} epochs of {train_size:,} images".format_map(options)
     plots.effects(utils.read_csv(studies / "search/trials.csv"), images, caption)

