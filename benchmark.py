@@ -2,6 +2,7 @@
 
     python benchmark.py --json studies/benchmark.json  # tpsnet; studies/figures.py draws it
     python benchmark.py fast
+    python benchmark.py --quick  # only the whole epoch, the step and the memory: two minutes
 
 The classical script does what most such repositories do: torchvision transforms on PIL images in
 DataLoader workers, float32 in the default memory format, `loss.item()` in every step. Both train
@@ -18,16 +19,21 @@ import multiprocessing
 import os
 import platform
 import re
+import signal
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import utils
 from augment import Augmentation, train_batches
@@ -39,18 +45,20 @@ from metrics import LOG_INTERVAL, evaluate
 from model import ModelCost, ResNet, model_cost
 from utils import InputError
 
-ROUNDS = 5
+ROUNDS = 5  # of the measurements below
+SHORT_ROUNDS = 3  # of the others
 BATCH_SIZES = (32, 64, 128, 256, 512, 1024)
 SECONDS = 3.0  # of one measurement: as many steps as fit, at least one
 NUM_WORKERS = 2  # of the classical DataLoader, as in PyTorch's CIFAR-10 tutorial
 WARM_BATCHES = 20  # more than its workers prefetch
 EVAL_IMAGES = 500
-MEASUREMENTS = {
-    "data": "data pipeline",
-    "step": "training step",
+MEASUREMENTS = {  # the first one tells how long the others will take
     "epoch": "whole epoch",
+    "step": "training step",
+    "data": "data pipeline",
     "evaluate": "evaluation",
 }
+QUICK = ("epoch", "step")  # those of --quick
 
 
 def noise(num_images: int) -> Dataset:
@@ -144,9 +152,8 @@ class Classical:
         dataset = PILDataset(self.pixels[:num_images], [0] * num_images, transform)
         if sys.platform == "linux":
             options["multiprocessing_context"] = "fork"  # as in a script started by hand
-        pin = self.device.type == "cuda"
         return torch.utils.data.DataLoader(
-            dataset, num_workers=NUM_WORKERS, pin_memory=pin, **options
+            dataset, num_workers=NUM_WORKERS, pin_memory=self.device.type == "cuda", **options
         )
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -206,7 +213,8 @@ class PILDataset(torch.utils.data.Dataset):
 
 
 def serve(kind: type, config: Config, connection: Connection) -> None:
-    """Answer the parent's requests, each (function, arguments), until it sends None."""
+    """Answer the parent's requests, each (function, arguments), as long as it lives."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
     bare = memory_peak()
     contestant, streams = kind(config), {}
     device = contestant.device
@@ -232,25 +240,24 @@ def serve(kind: type, config: Config, connection: Connection) -> None:
         return timed(lambda: contestant.steps(batches, num_steps))
 
     def data(batch_size: int, num_steps: int) -> float:
-        batches = stream(batch_size)
-
-        def draw() -> None:
-            for _ in range(num_steps):
-                next(batches)
-
-        return timed(draw)
+        batches = itertools.islice(stream(batch_size), num_steps)
+        return timed(lambda: sum(1 for _ in batches))  # draws them, and keeps none
 
     def evaluate(_: int, times: int) -> float:
         return timed(lambda: [contestant.evaluate() for _ in range(times)])
 
-    def memory() -> int:
-        return memory_peak() - bare
+    requests = {f.__name__: f for f in (step, epoch, data, evaluate)}
+    requests |= {"memory": lambda: memory_peak() - bare, "threads": torch.set_num_threads}
+    with contextlib.suppress(EOFError, ConnectionError):  # the parent has gone
+        while True:
+            name, arguments = connection.recv()
+            connection.send(requests[name](*arguments))
 
-    requests = {f.__name__: f for f in (step, epoch, data, evaluate, memory)}
-    requests["threads"] = torch.set_num_threads
-    while (request := connection.recv()) is not None:
-        name, arguments = request
-        connection.send(requests[name](*arguments))
+
+def end_with_parent() -> None:
+    """End this process when its parent ends, even if that is killed amid a measurement."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def memory_peak() -> int:
@@ -283,37 +290,73 @@ class Worker:
 
     def __call__(self, name: str, *arguments: int) -> float:
         """The result of a measurement."""
-        self.connection.send((name, arguments))
         try:
+            self.connection.send((name, arguments))
             return self.connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             raise InputError(
                 "benchmark: a process died, perhaps out of memory; try a smaller --batch-size"
             ) from None
 
     def stop(self) -> None:
-        """End the process."""
-        with contextlib.suppress(OSError):  # it may be dead already
-            self.connection.send(None)
+        """End the process, whatever it is doing; those of its DataLoader end without it."""
+        self.process.kill()
         self.process.join()
+
+
+@contextlib.contextmanager
+def interrupt_delayed() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block, and the processes that start there never get it."""
+    resource_tracker.ensure_running()  # whose start would unblock the signal
+    received = []
+    before = signal.signal(signal.SIGINT, lambda *_: received.append(True))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which those inherit
+    yield
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    signal.signal(signal.SIGINT, before)
+    if received:
+        raise KeyboardInterrupt
 
 
 # ---------------------------------------------------------------- the report
 
 
+class Row(NamedTuple):
+    """A row of the table: what is measured of both contestants, in rounds that take turns."""
+
+    part: str  # of the JSON file
+    key: str | int  # in this part
+    label: str
+    name: str  # of `serve`'s function
+    batch_size: int
+    rounds: int
+    threads: int  # of PyTorch
+
+    @property
+    def images(self) -> int:
+        """Images of one step, or of one evaluation."""
+        return EVAL_IMAGES if self.name == "evaluate" else self.batch_size
+
+
 def benchmark(
-    preset: str = "tpsnet", /, batch_size: int = 0, compile: bool = False, json: str = ""
+    preset: str = "tpsnet",
+    /,
+    batch_size: int = 0,
+    compile: bool = False,
+    json: str = "",
+    quick: bool = False,
 ) -> dict[str, object]:
     """Compare train.py's loop with the classical script's, on the network of one preset.
 
     Args:
         preset: A preset of config.py.
         batch_size: Images trained on per step; 0 for as many as in the preset.
-        compile: Run our network through torch.compile.
+        compile: Run our network through torch.compile, whose own time the estimate leaves out.
         json: Also write the result to this file.
+        quick: Measure only the whole epoch, the training step and the peak memory.
 
     Returns:
-        The content of the JSON file.
+        The content of the JSON file; after `quick`, what was not measured is absent, empty or None.
 
     Raises:
         InputError: an argument is wrong.
@@ -325,46 +368,39 @@ def benchmark(
     config = replace(PRESETS[preset], compile=compile)
     utils.check_integer("batch_size", batch_size, 0, int(50_000 * config.keep_fraction))
     batch_size = batch_size or round(config.keep_fraction * config.batch_size)
-    # A proxy learns in one step of as many: a measurement must have one of these.
-    fewest = PROXY_INTERVAL if config.keep_fraction < 1 else 1
     device = init_processes()
     dtype = compute_dtype(device, config.bfloat16)
     cost = model_cost(config)
-    workers = [Worker(kind, config) for kind in (Ours, Classical)]
-    print(machine(device))
     print(
-        f"{preset}: {cost.num_params:,} parameters, {cost.macs / 1e6:,.1f} M MACs per image;"
-        f" batch {batch_size}; ours in {dtype_name(dtype)}\n"
+        f"{machine(device)}\n{preset}: {cost.num_params:,} parameters,"
+        f" {cost.macs / 1e6:,.1f} M MACs per image; batch {batch_size}; ours in {dtype_name(dtype)}"
     )
-    print_row("", "ours", "classical script", "ratio")
+    rows = table(batch_size, cost, device, quick)
+    note = " (--quick: fewer rows, as many rounds)" if quick else ""
+    print(f"{2 * sum(row.rounds for row in rows)} measurements{note}", flush=True)
 
+    workers, peaks = [], None
     try:
+        with interrupt_delayed():
+            for kind in (Ours, Classical):
+                workers.append(Worker(kind, config))
         for worker in workers:
             worker("memory")  # answers once it is ready, and leaves the cores to the others
-        peaks = [matmul_peak(dtype, device), matmul_peak(torch.float32, device)]  # FLOP/s
-        rates = {}  # images/s, by measurement, of both, in each round
-        for name, label in MEASUREMENTS.items():
-            rates[name] = compare(workers, name, batch_size, fewest)
-            print_rates(f"{label}, images/s", rates[name])
-            if name == "epoch":
-                memory = [worker("memory") for worker in workers]
-        print_row("peak memory, MB", *(f"{m / 1e6:,.0f}" for m in memory), memory[0] / memory[1])
-        print_shares(rates, cost, peaks)
-        print(
-            f"matmul peak: {peaks[0] / 1e9:,.0f} GFLOP/s in {dtype_name(dtype)},"
-            f" {peaks[1] / 1e9:,.0f} in float32\n"
-        )
-        scaling = compare_batch_sizes(workers, cost, device, fewest)
-        threads = {}
-        for number in sorted({1, torch.get_num_threads()}) if device.type == "cpu" else ():
-            for worker in workers:
-                worker("threads", number)
-            threads[number] = compare(workers, "step", batch_size, fewest, rounds=3)
-            print_rates(f"step on {number} thread{'s' * (number > 1)}, images/s", threads[number])
+        if not quick:
+            peaks = [matmul_peak(dtype, device), matmul_peak(torch.float32, device)]  # FLOP/s
+        # A proxy learns in one step of as many: a measurement must have one of these.
+        fewest = [PROXY_INTERVAL if config.keep_fraction < 1 else 1, 1]
+        parts, memory = measure(workers, rows, fewest)
     finally:
         for worker in workers:
             worker.stop()
 
+    if peaks:
+        print_shares(parts["images_per_second"], cost, peaks)
+        print(
+            f"matmul peak: {peaks[0] / 1e9:,.0f} GFLOP/s in {dtype_name(dtype)},"
+            f" {peaks[1] / 1e9:,.0f} in float32"
+        )
     result = {
         "machine": machine(device),
         "commit": utils.git_commit(),
@@ -373,47 +409,91 @@ def benchmark(
         "num_params": cost.num_params,
         "macs": cost.macs,
         "contestants": ["ours", "classical script"],
-        "images_per_second": rates,  # of both, in each round
         "memory_bytes": memory,  # peak, above the bare process
         "matmul_flops": peaks,  # per second, in each one's precision
-        "scaling": scaling,  # images/s of a step, by batch size
-        "threads": threads,
+        **parts,  # images/s of both in each round: by measurement, by batch size, by threads
     }
     if json:
         utils.write_json(Path(json), result)
     return result
 
 
-def compare_batch_sizes(
-    workers: list[Worker], cost: ModelCost, device: torch.device, fewest: int
-) -> dict[int, list[list[float]]]:
-    """Images per second of a step, as `compare` gives them, for each batch size that fits."""
-    rates = {}
+def table(batch_size: int, cost: ModelCost, device: torch.device, quick: bool) -> list[Row]:
+    """The rows of the table, without the batch sizes that might not fit into memory."""
+    threads = torch.get_num_threads()
+    rows = [
+        Row("images_per_second", name, label, name, batch_size, ROUNDS, threads)
+        for name, label in MEASUREMENTS.items()
+        if name in QUICK or not quick
+    ]
+    if quick:
+        return rows
     for size in BATCH_SIZES:
+        label = f"step, batch {size}"
         if size * cost.activation_bytes > memory_limit(device):
-            print(f"step, batch {size}: left out, it might not fit into memory")
-            continue
-        rates[size] = compare(workers, "step", size, fewest, rounds=3)
-        print_rates(f"step, batch {size}, images/s", rates[size])
-    return rates
+            print(f"{label}: left out, it might not fit into memory")
+        else:
+            rows.append(Row("scaling", size, label, "step", size, SHORT_ROUNDS, threads))
+    for number in sorted({1, threads}) if device.type == "cpu" else ():
+        label = f"step on {number} thread{'s' * (number > 1)}"
+        rows.append(Row("threads", number, label, "step", batch_size, SHORT_ROUNDS, number))
+    return rows
 
 
-def compare(
-    workers: list[Worker], name: str, batch_size: int, fewest: int, rounds: int = ROUNDS
-) -> list[list[float]]:
-    """Images per second of each worker, in each round of at least `fewest` steps, in turns."""
-    num_steps = []
+def measure(workers: list[Worker], rows: list[Row], fewest: list[int]) -> tuple[dict, list[int]]:
+    """Images per second by part and key of the rows, and peak memory in bytes, of each worker.
+
+    Prints the rows, after how long they will take; a measurement has at least `fewest` steps.
+    """
+    parts = {"images_per_second": {}, "scaling": {}, "threads": {}}
+    expected = {}  # seconds, by row
+    bar_format = "{desc} {percentage:3.0f}%|{bar}| {remaining} left"
+    with tqdm(bar_format=bar_format, leave=False, dynamic_ncols=True, disable=None) as bar:
+        for row in rows:
+            bar.set_description_str(row.label)
+            seconds = warm_up(workers, row)
+            if not expected:
+                speeds = [row.images / s for s in seconds]
+                expected = {row: expected_seconds(row, speeds, fewest) for row in rows}
+                bar.reset(total=sum(expected.values()))
+                tqdm.write(f"estimated time: {utils.duration(bar.total)}\n")
+                print_row("", "ours", "classical script", "ratio")
+            num_steps = [max(f, round(SECONDS / s)) for f, s in zip(fewest, seconds, strict=True)]
+            rates = [[] for _ in workers]
+            for _ in range(row.rounds):
+                for worker, steps, rate in zip(workers, num_steps, rates, strict=True):
+                    rate.append(steps * row.images / worker(row.name, row.batch_size, steps))
+                    bar.n += expected[row] / row.rounds / len(workers)
+                    bar.refresh()
+            parts[row.part][row.key] = rates
+            print_rates(f"{row.label}, images/s", rates)
+            if row.key == "epoch":
+                memory = [worker("memory") for worker in workers]
+                texts = (f"{m / 1e6:,.0f}" for m in memory)
+                print_row("peak memory, MB", *texts, memory[0] / memory[1])
+    return parts, memory
+
+
+def warm_up(workers: list[Worker], row: Row) -> list[float]:
+    """Seconds of one step of each worker, once it is warm."""
+    trial = WARM_BATCHES if row.name == "data" else 1
+    seconds = []
     for worker in workers:
-        worker(name, batch_size, 1)  # warms up
-        trial = WARM_BATCHES if name == "data" else 1
-        seconds = worker(name, batch_size, trial) / trial
-        num_steps.append(max(fewest, round(SECONDS / seconds)))
-    rates = [[] for _ in workers]
-    for _ in range(rounds):
-        for worker, steps, rate in zip(workers, num_steps, rates, strict=True):
-            images = EVAL_IMAGES if name == "evaluate" else batch_size
-            rate.append(steps * images / worker(name, batch_size, steps))
-    return rates
+        worker("threads", row.threads)
+        worker(row.name, row.batch_size, 1)
+        seconds.append(worker(row.name, row.batch_size, trial) / trial)
+    return seconds
+
+
+def expected_seconds(row: Row, speeds: list[float], fewest: list[int]) -> float:
+    """How long a row will take, if training makes `speeds` images per second."""
+    # An evaluation has no backward pass; the data pipeline is hardly ever what takes the time.
+    faster = {"evaluate": 3, "data": 100}.get(row.name, 1) * row.threads / torch.get_num_threads()
+    total = 0
+    for speed, least in zip(speeds, fewest, strict=True):
+        step = row.images / speed / faster
+        total += step * (2 + row.rounds * max(least, round(SECONDS / step)))
+    return total
 
 
 def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
@@ -457,7 +537,8 @@ def print_rates(label: str, rates: list[list[float]]) -> None:
 def print_row(label: str, ours: str, classical: str, ratio: float | str = "") -> None:
     """A row of the table."""
     ratio = f"{ratio:.2f}" if isinstance(ratio, float) else ratio
-    print(f"{label:27} {ours:>22} {classical:>22} {ratio:>5}", flush=True)
+    tqdm.write(f"{label:27} {ours:>22} {classical:>22} {ratio:>5}")
+    sys.stdout.flush()
 
 
 def machine(device: torch.device) -> str:
