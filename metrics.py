@@ -140,8 +140,9 @@ def calibrate(logits: Tensor, labels: Tensor) -> Calibration:
 class Metrics:
     """Position of a run and its running metrics: what log.csv, the progress bar and W&B show."""
 
-    def __init__(self, epochs: int, images_per_epoch: int) -> None:
-        self.epochs, self.images_per_epoch = epochs, images_per_epoch
+    def __init__(self, images_per_epoch: int, pixels: list[int]) -> None:
+        self.epochs, self.images_per_epoch = len(pixels), images_per_epoch
+        self.pixels = pixels  # of an image, by epoch: what its time is proportional to
         self.wandb: WandbRun | None = None
         self.log: list[Row] = []  # a row per whole epoch
         self.step = 0  # steps taken since
@@ -201,7 +202,8 @@ class Metrics:
         if len(self._timed) > TIMED_STEPS and is_main():
             (_, start), *rest = self._timed  # the first one warms up
             pace = (rest[-1][1] - start) / sum(images for images, _ in rest)
-            left = (self.epochs - self.epoch) * self.images_per_epoch - self.seen
+            now, *later = self.pixels[self.epoch :]
+            left = self.images_per_epoch * (1 + sum(later) / now) - self.seen
             if left:
                 tqdm.write(f"estimated time on this CPU: {duration(pace * left)}")
                 sys.stdout.flush()  # a file shows it now too, and not at the end of the epoch

@@ -97,7 +97,8 @@ def train(
     num_images = round(config.keep_fraction * min(steps * config.batch_size, len(data.train)))
     learner = Learner(config, data, device, steps)
     proxy = Proxy(config, data, device, steps) if config.keep_fraction < 1 else None
-    metrics = Metrics(config.epochs, num_images)
+    pixels = [image_size(config, epoch) ** 2 for epoch in range(1, config.epochs + 1)]
+    metrics = Metrics(num_images, pixels)
     parts = {"learner": learner, "metrics": metrics} | ({"proxy": proxy} if proxy else {})
 
     with (
@@ -178,14 +179,18 @@ def epoch_batches(
     """An epoch's augmented batches, from its step `first_step` on; each seeds its dropout."""
     augmentation = utils.part_of(config, Augmentation)
     order = (config.batch_size, config.seed, epoch, first_step)
-    small = epoch <= config.small_fraction * config.epochs
-    size = config.small_size if small else IMAGE_SIZE
-    batches = train_batches(data, augmentation, *order, size)
+    batches = train_batches(data, augmentation, *order, image_size(config, epoch))
     for step, batch in enumerate(itertools.islice(batches, steps - first_step), first_step):
         # Reseeded in every step, so that dropout, like the batches, needs no saved state.
         key = (config.seed, epoch, step, distributed.rank())
         torch.manual_seed(utils.derive_seed("dropout", *key))
         yield batch
+
+
+def image_size(config: Config, epoch: int) -> int:
+    """Side of the images of an epoch, which is counted from 1, in pixels."""
+    small = epoch <= config.small_fraction * config.epochs
+    return config.small_size if small else IMAGE_SIZE
 
 
 def train_seeds(config: Config) -> list[Score]:

@@ -283,13 +283,17 @@ def test_no_progress_bar_where_the_output_is_no_terminal(tiny, capsys):
 
 
 def test_estimate_reaches_a_file_within_the_epoch(monkeypatch):
+    """With a second epoch whose images have four times the pixels."""
+    clock = itertools.count()
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: 60.0 * next(clock))
     with Path("out.txt").open("w") as file:
         monkeypatch.setattr(sys, "stdout", file)
-        running = metrics.Metrics(epochs=2, images_per_epoch=100)
+        running = metrics.Metrics(images_per_epoch=100, pixels=[16**2, 32**2])
         with running.running(lr=0.1):
             for _ in range(metrics.TIMED_STEPS + 1):
                 running.update(torch.tensor([2.0, 1.0]), 10)
-            assert Path("out.txt").read_text().startswith("estimated time on this CPU: ")
+            # 50 images are left, and what counts as 400: a minute for 10 of them.
+            assert Path("out.txt").read_text() == "estimated time on this CPU: 45.0 min\n"
 
 
 def test_edited_network_is_not_called_by_a_presets_name(tiny):
