@@ -19,6 +19,7 @@ from its last saved step. trials.csv has a row per trial, best.json what train.p
 import script
 
 import contextlib
+import csv
 import functools
 import math
 import os
@@ -46,7 +47,19 @@ from checkpoint import lock_folder
 from config import CHECKPOINTS, PRESETS, check_batches, check_config, record
 from data import Dataset, load_dataset
 from train import train
-from trials import METRIC, SPACE, VAL_SIZE, Row, Search, Space, Trials, check_search, check_space
+from trials import (
+    METRIC,
+    SPACE,
+    VAL_SIZE,
+    Row,
+    Search,
+    Space,
+    Trials,
+    check_search,
+    check_space,
+    read_record,
+    write_record,
+)
 from utils import DivergenceError, InputError, StoppedError, first_line
 
 # A search on this machine alone is for who has a random token, on the loopback address (LISTENS is
@@ -62,7 +75,8 @@ try:
     from ray.tune.schedulers import ASHAScheduler
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 except ImportError as error:  # of Ray, or of one of the extras of ray[tune]
-    utils.print_error(f"error: ray: {first_line(error)}; run `pip install -r requirements.txt`")
+    cause = first_line(error.__cause__ or error)
+    utils.print_error(f"error: ray: {cause}; run `pip install -r requirements.txt`")
     sys.exit(2)
 
 REDUCTION = 4  # ASHA: of the trials that come to a rung, one in so many goes on to the next
@@ -89,7 +103,7 @@ def run_trial(trial: dict[str, int], trials: Trials, root: str, data: Dataset) -
     number = trial["number"]
     folder = trials.folder(number)
     if number in trials.ended():
-        with contextlib.suppress(OSError, KeyError, TypeError, ValueError):  # a damaged log
+        with contextlib.suppress(OSError, KeyError, TypeError, ValueError, csv.Error):  # damaged
             report_rungs(utils.read_csv(folder / "log.csv"), trials.search)
         tune.report({"epoch": trials.rows[number]["epochs"]})
         return
@@ -162,17 +176,18 @@ class ASHA(ASHAScheduler):
 class Monitor(tune.Callback, tune.Stopper):
     """Keeps trials.csv up to date, prints a line when a trial ends, and stops all when need be."""
 
-    def __init__(self, trials: Trials) -> None:
+    def __init__(self, trials: Trials, stop: distributed.StopSignals) -> None:
         self.trials, self.ended, self.bar = trials, trials.ended(), None
-        self.stop, self.problem, self.causes = distributed.StopSignals(), "", []
+        self.stop, self.problem, self.causes = stop, "", []
         self.deadline = time.monotonic() + (60 * trials.search.max_minutes or math.inf)
 
     def __getstate__(self) -> dict:
         return {}  # Ray Tune writes a copy that is never read
 
     def setup(self, **_: object) -> None:
-        """Hear signals; begin the bar of trials, shown where the output is a terminal."""
-        self.stop.__enter__()  # after Ray Tune has set handlers of its own
+        """Hear SIGUSR1 too; begin the bar of trials, shown where the output is a terminal."""
+        with contextlib.suppress(AttributeError, ValueError):  # on Windows, or in a thread
+            signal.signal(signal.SIGUSR1, signal.getsignal(signal.SIGINT))  # Ray Tune has its own
         print("trial  status    accuracy  epochs  params  blocks", flush=True)
         self.bar = tqdm(
             total=self.trials.search.num_samples,
@@ -210,19 +225,17 @@ class Monitor(tune.Callback, tune.Stopper):
     def on_trial_error(self, trial: object, **_: object) -> None:
         """Note that a trial's process died; what it saved stays, for --resume to go on from."""
         number = trial.config["number"]
+        if number in self.ended:  # it was only to repeat what it reported
+            return
         row = self.trials.rows.get(number) or self.trials.blank(number)
         lines = Path(trial.error_file).read_text(encoding="utf-8").splitlines()
         self.end(row | {"status": "failed", "error": lines[1].strip()})  # the first is a heading
-
-    def on_experiment_end(self, **_: object) -> None:
-        """Take the bar away."""
-        self.bar.close()
 
     def note(self, row: Row) -> None:
         """Write trials.csv with a new row."""
         self.trials.rows[row["trial"]] = row
         try:
-            utils.write_csv(self.trials.path / "trials.csv", self.trials.table())
+            self.trials.write_table()
         except InputError as error:
             self.problem = str(error)
 
@@ -265,6 +278,7 @@ def ray_started(search: Search) -> Iterator[None]:
         "RAY_CHDIR_TO_TRIAL_DIR": "0",  # data/ and checkpoints/ are below this folder
         "RAY_AIR_NEW_OUTPUT": "0",  # Monitor prints instead
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",  # StopSignals hears it
         "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # before its first epoch a trial has none
         "TUNE_MAX_PENDING_TRIALS_PG": "1",
     }
@@ -274,6 +288,10 @@ def ray_started(search: Search) -> Iterator[None]:
     else:  # if Ray was imported before, so that it writes none into the home folder
         os.environ.setdefault("RAY_AUTH_TOKEN", LOCAL["RAY_AUTH_TOKEN"])
     path = os.pathsep.join([str(Path(__file__).resolve().parent), "${PYTHONPATH}"])
+    # Signals to the whole group are this process's to answer, which ends Ray's others in its time;
+    # of Ctrl-C Ray sees to it itself.
+    posix = os.name == "posix"
+    mask = posix and signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGTERM})
     try:
         ray.init(
             address=search.address or "local",
@@ -283,12 +301,19 @@ def ray_started(search: Search) -> Iterator[None]:
             runtime_env={"env_vars": {"PYTHONPATH": path}},
         )
     except (OSError, RuntimeError, ValueError) as error:
-        where = f"no Ray cluster at {search.address!r}" if search.address else "Ray cannot start"
+        if not search.address:
+            raise InputError(
+                f"RAY_TMPDIR: Ray cannot start ({first_line(error)}); set it in the environment to"
+                " a folder for Ray's files, instead of /tmp"
+            ) from None
         raise InputError(
-            f"address: {where} ({first_line(error)}); start one with `ray start --head`, or leave"
-            " the option out; one that wants a token is joined with RAY_AUTH_MODE=token in the"
-            " environment"
+            f"address: no Ray cluster at {search.address!r} ({first_line(error)}); start one with"
+            " `ray start --head`, or leave the option out; one that wants a token is joined with"
+            " RAY_AUTH_MODE=token in the environment"
         ) from None
+    finally:
+        if posix:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
         heed_memory_monitor()
         check_workers()
@@ -396,8 +421,10 @@ def load_search(search: Search, space: Space = SPACE) -> tuple[str, Search]:
     """
     path = CHECKPOINTS / search.resume / "search.json"
     try:
-        stored = utils.read_json(path)
+        stored = read_record(path)
+        stored["name"] = search.resume  # the folder may be a copy
         preset, drawn, stored = stored.pop("preset"), stored.pop("space"), Search(**stored)
+        _ = PRESETS[preset]
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"resume: no search in {path.parent} ({first_line(error)}); give the --name of one"
@@ -448,20 +475,32 @@ def run_search(search: Search, preset: str, space: Space = SPACE) -> list[Row]:
         data = load_dataset(base.dataset, search.data_dir, *sizes, test=False)
         largest = max(space.get("batch_size", [base.batch_size]))
         check_batches(replace(base, batch_size=largest), len(data.train))
-        with ray_started(search):
+        stop = distributed.StopSignals()
+        with distributed.StopSignals(), ray_started(search), stop:  # Ray sets handlers of its own
             needs = resources(search)
+            stop.raise_if_received("before a trial began")
             with lock_folder(trials.path):
                 if not search.resume:
                     described = {"preset": preset, "space": repr(space), **asdict(search)}
-                    utils.write_json(trials.path / "search.json", described)
+                    write_record(trials.path / "search.json", described)
                 print_plan(trials, preset, data, needs)
-                received = fit(trials, data, needs)
-    finish(trials, received)
+                received = fit(trials, data, needs, stop)
+    try:
+        with lock_folder(trials.path):
+            trials.write_table()
+            finish(trials, received)
+    except InputError as error:
+        raise SearchError(f"{error}; fix this, then --resume {search.name} goes on") from None
     return trials.table()
 
 
-def fit(trials: Trials, data: Dataset, needs: dict[str, float]) -> int:
+def fit(
+    trials: Trials, data: Dataset, needs: dict[str, float], stop: distributed.StopSignals
+) -> int:
     """Let Ray Tune run the trials that are left; returns the signal that asked to end, or 0.
+
+    Args:
+        stop: hears the signals.
 
     Raises:
         SearchError: it cannot go on.
@@ -473,11 +512,11 @@ def fit(trials: Trials, data: Dataset, needs: dict[str, float]) -> int:
     # First what ASHA compares with; where it stops none, it need not know.
     numbers = [*(sorted(ended) if search.grace_epochs < search.epochs else ()), *left]
     given = {"trials": trials, "root": str(Path.cwd()), "data": data}
-    start, before, monitor = time.perf_counter(), seconds_trained(trials), Monitor(trials)
+    start, before, monitor = time.perf_counter(), seconds_trained(trials), Monitor(trials, stop)
     scratch = tempfile.TemporaryDirectory(  # there, since all machines must see it; it is not read
         prefix=utils.TEMPORARY, dir=trials.path.resolve(), ignore_cleanup_errors=True
     )
-    with scratch, distributed.StopSignals() as early:  # which puts back the handlers at the end
+    with scratch:
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(run_trial, **given), needs),
             param_space={"number": tune.grid_search(numbers)},
@@ -500,14 +539,17 @@ def fit(trials: Trials, data: Dataset, needs: dict[str, float]) -> int:
             tuner.fit()
         except Exception as error:  # whatever it is, --resume goes on
             monitor.problem = monitor.problem or f"{type(error).__name__}: {first_line(error)}"
+        except KeyboardInterrupt:  # Ray's, which says nothing
+            raise KeyboardInterrupt(f"interrupted; --resume {search.name} goes on") from None
+        finally:
+            if monitor.bar is not None:
+                monitor.bar.close()
     trials.cut_off()
     if monitor.problem:
         raise SearchError(f"{monitor.problem}; fix this, then --resume {search.name} goes on")
-    if trials.rows:
-        utils.write_csv(trials.path / "trials.csv", trials.table())
     spent, trained = time.perf_counter() - start, seconds_trained(trials) - before
     print(f"{utils.duration(spent)} for {utils.duration(trained)} of training")
-    return monitor.stop.received or early.received
+    return stop.received
 
 
 def seconds_trained(trials: Trials) -> float:
@@ -530,7 +572,8 @@ def finish(trials: Trials, received: int) -> None:
         # What is worth a long training is worth all images.
         new = {"name": f"{search.name}-best", "val_size": 0, "train_size": 0, "wandb": "auto"}
         utils.write_json(path, record(replace(trials.config(best), **new)))
-    print(f"{len(rows)} trials: {ends}; {rejected:,} samples were not of the wanted size")
+    if rows:
+        print(f"{len(rows)} trials: {ends}; {rejected:,} samples were not of the wanted size")
     if received:
         raise StoppedError(
             received,
@@ -547,7 +590,10 @@ def finish(trials: Trials, received: int) -> None:
             f"best: trial {best['trial']}, {best[METRIC]:.2f}% of {search.val_size:,} validation"
             f" images after {best['epochs']} epochs, {best['num_params']:,} parameters"
         )
-        print(f"next: python train.py --config {path.as_posix()} --epochs 300")
+        if best.get("sample"):
+            print(f"next: python train.py --config {path.as_posix()} --epochs 300")
+        else:
+            print(f"no {path.name}: {trials.folder(best['trial']) / 'trial.json'} is damaged")
     images = f" of {search.train_size:,} images" if search.train_size else ""
     if not plots.effects(
         rows, trials.path, f"{len(rows)} trials, {search.grace_epochs} epochs{images}"

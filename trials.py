@@ -6,7 +6,9 @@ folder holds all that it did, so that a search can be put together again from it
 
 import contextlib
 import csv
+import hashlib
 import itertools
+import json
 import math
 import random
 import shutil
@@ -19,7 +21,7 @@ import utils
 from checkpoint import PREVIOUS, load_run
 from config import CHECKPOINTS, PRESETS, Config, check_config, check_resumable
 from model import check_budget, feature_size, model_cost
-from utils import InputError, Range, check_fields, check_integer, derive_seed, first_line, warn
+from utils import InputError, Range, check_fields, check_integer, first_line
 
 
 class LogUniform(NamedTuple):
@@ -53,6 +55,7 @@ VAL_SIZE = {"cifar10": 5000, "digits": 200}  # images
 CHANCE = 10.0  # percent: to TPE, the accuracy of a trial that diverged
 METRIC = "val_accuracy"
 ENDED = ("finished", "stopped", "diverged")  # for good
+DAMAGED = "trials.csv.damaged"
 STATUSES = (*ENDED, "running", "cut off", "failed")  # these go on with --resume
 WEIGHTS = ("last.pt", PREVIOUS, "model.safetensors")
 
@@ -225,7 +228,7 @@ def draw_trial(
     Raises:
         InputError: none of MAX_REJECTED samples has the wanted size, or it cannot be trained.
     """
-    seed = derive_seed("search", search.seed, number)
+    seed = utils.derive_seed("search", search.seed, number)
     drawn = random_samples(space, seed)
     if search.algorithm == "optuna":
         drawn = tpe_samples(space, seed, tried)
@@ -251,6 +254,28 @@ def draw_trial(
 # ---------------------------------------------------------------- the trials and their folders
 
 
+def write_record(path: Path, values: dict[str, object]) -> None:
+    """Write search.json or a trial.json, with the SHA-256 of all that it says."""
+    utils.write_json(path, values | {"sha256": checksum(values)})
+
+
+def read_record(path: Path) -> dict[str, object]:
+    """What `write_record` wrote.
+
+    Raises:
+        OSError, TypeError, ValueError: it is missing, damaged or was edited.
+    """
+    values = dict(utils.read_json(path))
+    if values.pop("sha256", None) not in (None, checksum(values)):  # older ones have none
+        raise ValueError(f"{path.name} was damaged or edited: its SHA-256 is another")
+    return values
+
+
+def checksum(values: dict[str, object]) -> str:
+    """SHA-256 of a record."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 class Trials:
     """The trials of a search. `rows`, by number, are those of trials.csv.
 
@@ -266,7 +291,10 @@ class Trials:
             *("trial", "status", METRIC, "early_accuracy", "epochs", "seconds", "num_params"),
             *("macs", "num_stages", "pooled_size", *drawn, "rejected", "error"),
         )
+        other = {name for name, values in space.items() if type(values[0]) not in (int, float)}
+        self.numeric = set(self.columns) - {"status", "error", *PER_STAGE, *other}
         self.rows: dict[int, Row] = {}
+        self.is_damaged = False  # trials.csv
 
     def folder(self, number: int) -> Path:
         """Where a trial's files are."""
@@ -315,10 +343,11 @@ class Trials:
         """
         path = self.folder(number) / "trial.json"
         try:
-            row = utils.read_json(path)
+            row = read_record(path)
             self.check(row)
-            if set(row["sample"]) != set(entries(self.space)):
-                raise ValueError("no sample of the space")
+            if row["trial"] != number or set(row["sample"]) != set(entries(self.space)):
+                raise ValueError("it is another trial's")
+            check_config(self.config(row))
             return row
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} cannot be read ({first_line(error)})") from None
@@ -326,41 +355,65 @@ class Trials:
     def write(self, row: Row) -> None:
         """Have a trial's folder tell it; the weights go when it ends: so few epochs made them."""
         folder = self.folder(row["trial"])
-        utils.write_json(folder / "trial.json", row)
+        write_record(folder / "trial.json", row)
         for name in WEIGHTS if row["status"] in ENDED else ():
             (folder / name).unlink(missing_ok=True)
+
+    def write_table(self) -> None:
+        """Write trials.csv; one that was damaged is kept under another name."""
+        path = self.path / "trials.csv"
+        if self.is_damaged:
+            with contextlib.suppress(OSError):  # then it cannot be written either
+                path.replace(path.with_name(DAMAGED))
+            self.is_damaged = False
+        if self.rows:
+            utils.write_csv(path, self.table())
 
     def check(self, row: Row) -> None:
         """Raise KeyError, TypeError or ValueError unless this is a row of trials.csv."""
         known = row["trial"] in self.numbers and row["status"] in STATUSES
         if not known or not set(self.columns) <= set(row):
             raise ValueError("no row of this search")
-        for name in ("epochs", METRIC, "early_accuracy", "seconds", "rejected"):
-            float(row[name] or 0)
+        check_integer("epochs", row["epochs"], 0)
+        if row["status"] not in ENDED and row[METRIC] is None:
+            return  # what it draws may be unknown
+        if row["status"] != "diverged":
+            utils.check_number(METRIC, row[METRIC], 0, 100)
+        for name in PER_STAGE:
+            _ = [int(number) for number in str(row[name]).split()]
+        unknown = {name for name in (METRIC, "early_accuracy", "seconds") if row[name] is None}
+        for name in self.numeric - unknown:
+            utils.check_number(name, row[name], -1e15, 1e15)
 
     def load(self) -> None:
         """Know what the folders tell, and of a trial whose folder is damaged what trials.csv does.
 
-        A damaged line of it costs that line, other damage all of them.
+        A damaged line of it costs that line.
         """
-        path, problem = self.path / "trials.csv", None
-        try:
-            rows = utils.read_csv(path) if path.exists() else []
-        except (OSError, TypeError, ValueError, csv.Error) as error:
-            rows, problem = [], error
-        for row in rows:
-            try:
+        path, header, lines = self.path / "trials.csv", b"", []
+        if path.exists():
+            with contextlib.suppress(OSError):
+                header, *lines = path.read_bytes().splitlines() or [b""]
+            lines = lines or [b""]  # there was one at least
+        for line in lines:
+            with contextlib.suppress(KeyError, TypeError, ValueError, RecursionError, csv.Error):
+                names, cells = csv.reader([header.decode(), line.decode()])
+                row = {
+                    name: json.loads(cell) if cell and name in self.numeric else cell or None
+                    for name, cell in zip(names, cells, strict=True)
+                }
                 self.check(row)
-                self.rows[row["trial"]] = row
-            except (KeyError, TypeError, ValueError) as error:
-                problem = error
-        if problem:
-            warn(f"{path} is damaged ({first_line(problem)}); the trials' folders tell the rest")
+                # Of two lines of one trial, one is another trial's.
+                self.rows[row["trial"]] = None if row["trial"] in self.rows else row
+        self.rows = {number: row for number, row in self.rows.items() if row}
+        self.is_damaged = len(self.rows) < len(lines)
+        if self.is_damaged:
+            utils.warn(f"{path} is damaged, kept as {DAMAGED}; the trials' folders tell the rest")
         for number in self.numbers:
             with contextlib.suppress(InputError):
                 row = self.read(number)
-                if row["status"] in ENDED or number not in self.rows:
-                    self.rows[number] = row
+                newer = {} if row["status"] in ENDED else self.rows.get(number, {})
+                self.rows[number] = row | newer
         self.cut_off()
 
     def cut_off(self) -> None:
@@ -383,7 +436,7 @@ class Trials:
                     check_resumable(config, state["config"], folder)
         except InputError as error:
             if any(path.suffix in (".json", ".pt") for path in folder.iterdir()):  # else just made
-                warn(f"trial {number} starts anew: {first_line(error)}")
+                utils.warn(f"trial {number} starts anew: {first_line(error)}")
             shutil.rmtree(folder)
 
     def table(self) -> list[Row]:

@@ -1,6 +1,6 @@
 """Kill trainings and damage their files at random, and see whether anything is lost.
 
-    python tests/faults.py --kills 200 --signals 200 --corruptions 200
+    python tests/faults.py  # 200 of each, but 20 silences
 
 A kill is SIGKILL at a random instant, or just before a random access to a file of the run, so that
 every gap in a save is met; every third run is killed again while it goes on. What is resumed must
@@ -12,6 +12,10 @@ state saved, and the status that it has by convention; what is resumed must be t
 
 A corruption flips a bit of a saved file, cuts it off, zeroes a range or swaps two. It must be
 noticed or make no difference. Whatever happens is one line of text, never a traceback.
+
+A damaged search (damaged_search.py) must keep every row that an undamaged file tells. A silence is
+that of a Weights & Biases server in mid-training: the run must end in time, with what it has
+without one, and go on after a signal.
 
 Each training is a fork of this process, so that PyTorch is loaded once.
 """
@@ -30,7 +34,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-# The first two are loaded here, so that no fork has to.
+# The first ones are loaded here, so that no fork has to.
 import matplotlib.pyplot  # noqa: F401
 import torch
 import torch._dynamo
@@ -41,8 +45,12 @@ sys.path.insert(0, str(ROOT))
 
 import script  # noqa: E402
 
+from damaged_search import damage_rounds  # noqa: E402
+from silent_wandb import environment, wandb_server  # noqa: E402
+
 import checkpoint  # noqa: E402
 import distributed  # noqa: E402
+import metrics  # noqa: E402
 import train  # noqa: E402
 import utils  # noqa: E402
 from checkpoint import load_model  # noqa: E402
@@ -85,11 +93,13 @@ FILES = ("last.pt", checkpoint.PREVIOUS, "model.safetensors")
 
 
 def main() -> int:
-    """Run both campaigns; returns 0 if nothing was lost."""
+    """Run all campaigns; returns 0 if nothing was lost."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--signals", type=int, default=200)
     parser.add_argument("--corruptions", type=int, default=200)
+    parser.add_argument("--searches", type=int, default=200)
+    parser.add_argument("--silences", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)  # before any operation: a pool of threads does not survive a fork
@@ -102,6 +112,8 @@ def main() -> int:
         lost = kill_all(whole, args.kills, rng)
         lost += signal_all(whole, args.signals, rng)
         lost += corrupt_all(whole, args.corruptions, rng)
+        lost += damage_searches(args.searches, args.seed)
+        lost += silence_all(whole, args.silences, rng)
     return 1 if lost else 0
 
 
@@ -185,7 +197,9 @@ def result(config: Config) -> dict[str, str]:
     log = utils.read_csv(folder / "log.csv")
     for row in (*log, *state["metrics"]["log"]):
         del row["seconds"]
-    return {"state": digest(state), "model": digest(model), "log": digest(log)}
+    weights, _ = model
+    found = {"state": state, "model": model, "weights": weights, "log": log}
+    return {name: digest(value) for name, value in found.items()}
 
 
 def digest(value: object) -> str:
@@ -375,6 +389,46 @@ def load_digestible(path: Path) -> tuple[dict, dict]:
     """Tensors and metadata of a model file."""
     model, info = load_model(path)
     return model.state_dict(), info
+
+
+# ---------------------------------------------------------------- searches, and W&B's silence
+
+
+def damage_searches(number: int, seed: int) -> int:
+    """Damage so many searches; returns how many lost a row."""
+    results = damage_rounds(number, seed)
+    kept = results.pop("nothing lost", 0)
+    print(*(f"lost: {what}" for what in results), sep="\n", end="\n" if results else "")
+    print(f"damaged searches {number}: rows kept {kept}, lost {number - kept}")
+    return number - kept
+
+
+def silence_all(whole: list[Whole], number: int, rng: random.Random) -> int:
+    """Train beside a silent server so many times, with a signal in every other one."""
+    metrics.FINISH_SECONDS, right = 1, 0
+    for trial in tqdm(range(number), desc="silences", disable=None):
+        one = whole[trial % len(whole)]
+        shutil.rmtree("checkpoints", ignore_errors=True)
+        with wandb_server("once a run has started") as server:
+            os.environ.update(environment(server))
+            start, fork = time.monotonic(), Fork(replace(one.config, wandb="online"))
+            status = fork.wait(rng.uniform(0.5, 3) if trial % 2 else 0, signal.SIGTERM)
+            took = time.monotonic() - start
+        warned = [
+            line for line in fork.lines if line.startswith("warning: wandb: not all was sent")
+        ]
+        fine = took < 60 and status in (0, 128 + signal.SIGTERM, -signal.SIGTERM)
+        if status == 0:
+            fine &= len(warned) == 1
+        else:
+            Fork(replace(one.config, resume=True)).wait()
+        found = result(one.config)  # but for what tells of W&B
+        if fine and all(found[name] == one.result[name] for name in ("weights", "log")):
+            right += 1
+        else:
+            print(f"wrong: exit status {status} after {took:.1f} s", *fork.lines, sep="\n  ")
+    print(f"silences {number}: right {right}, wrong {number - right}")
+    return number - right
 
 
 if __name__ == "__main__":

@@ -91,14 +91,17 @@ def network(monkeypatch):
 
 
 def test_small_campaign_loses_nothing():
-    """SIGKILL and damaged files, for the recipes of all presets; `faults.py` says what it does."""
-    result = run("tests/faults.py", "--kills", 4, "--signals", 4, "--corruptions", 8)
+    """Kills, signals and damage, for the recipes of all presets; `faults.py` says what it does."""
+    numbers = {"kills": 4, "signals": 4, "corruptions": 8, "searches": 20, "silences": 0}
+    result = run("tests/faults.py", *(f"--{name}={n}" for name, n in numbers.items()))
     assert result.returncode == 0, result.stdout + result.stderr
-    kills, resumes, signals, corruptions = result.stdout.splitlines()
+    kills, resumes, signals, corruptions, searches, silences = result.stdout.splitlines()
     assert kills.startswith("kills 4, ")
     assert re.search(r" within an epoch [0-4]; identical 4, lost 0$", resumes)
     assert re.search(r"^signals 4: .*, wrong 0$", signals)
     assert re.search(r"^corruptions 8: detected \d+, harmless \d+, wrong 0$", corruptions)
+    assert searches == "damaged searches 20: rows kept 20, lost 0"
+    assert silences == "silences 0: right 0, wrong 0"
 
 
 def test_kill_while_a_damaged_state_is_replaced_loses_nothing(tiny, monkeypatch):

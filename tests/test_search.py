@@ -110,15 +110,59 @@ def test_search_is_not_overwritten_nor_resumed_as_another(monkeypatch, capsys):
     check_refusal("--resume found", ["SPACE", "range(9, 10)", "put it back"], monkeypatch, capsys)
 
 
-def test_without_optuna_or_an_extra_of_ray_one_line_tells_it(monkeypatch, capsys):
+def test_damaged_search_json_is_refused_in_one_line(monkeypatch, capsys):
+    path = Path("checkpoints/found/search.json")
+    stored = {"preset": "demo", "space": repr(SPACE), **asdict(Search(name="found", num_samples=9))}
+    trials.write_record(path, stored)
+    whole = path.read_bytes()
+    assert search_script.load_search(Search(resume="found"))[1].num_samples == 9
+    utils.write_json(Path("checkpoints/copy/search.json"), stored)  # an older one, copied
+    assert search_script.load_search(Search(resume="copy"))[1].name == "copy"
+    path.write_bytes(b"\xef\xbb\xbf" + whole)
+    assert search_script.load_search(Search(resume="found"))[1].num_samples == 9
+    for content, word in (
+        (whole.replace(b": 9,", b": 8,"), "damaged or edited"),
+        (b"[" * 100_000, "nests too deep"),
+        (b"[]", "preset"),
+        (json.dumps(stored | {"preset": "demp"}).encode(), "demp"),
+        (b"", ""),
+    ):
+        assert content != whole
+        path.write_bytes(content)
+        check_refusal("--resume found", ["resume", "no search in", word], monkeypatch, capsys)
+
+
+def test_without_optuna_one_line_tells_it(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "optuna", None)
     words = ["algorithm", "optuna", "pip install -r requirements.txt"]
     check_refusal("demo --algorithm optuna", words, monkeypatch, capsys)
-    code = "import sys; sys.modules['pyarrow'] = None; import search"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: ray: ")
-    assert result.stderr.count("\n") == 1
+
+
+def test_without_ray_or_one_of_its_extras_one_line_tells_it():
+    names = ("ray", "pandas", "pyarrow", "requests", "fsspec")
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import plots, train, trials
+for name in {names}:
+    if not os.fork():
+        sys.modules[name] = None
+        import search
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == 2
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == ""
+    for name, line in zip(names, result.stderr.splitlines(), strict=True):
+        assert line.startswith("error: ray: ")
+        assert name in line
+        assert line.count("pip install") == 1
+
+
+def test_ray_that_cannot_start_is_one_line(monkeypatch, capsys):
+    monkeypatch.setenv("RAY_TMPDIR", "/dev/null/x")
+    words = ["RAY_TMPDIR", "Ray cannot start", "/dev/null/x"]
+    check_refusal("demo --num-samples 1", words, monkeypatch, capsys)
 
 
 def test_help_fits_80_columns(monkeypatch, capsys):
@@ -182,7 +226,7 @@ def can_connect(address):
     return False
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=150):
     """Wait until `condition` is true; returns what it is."""
     end = time.monotonic() + seconds
     while not (found := condition()):
@@ -199,11 +243,12 @@ def rows(*statuses):
     return {}
 
 
-def start(line, **env):
-    """tests/tiny_search.py, in a process of its own."""
+def start(line, terminal=None, **env):
+    """tests/tiny_search.py, in a process (and a group) of its own."""
     script = [sys.executable, str(ROOT / "tests" / "tiny_search.py"), *line.split()]
     with Path("out.txt").open("w") as out:
-        return subprocess.Popen(script, stdout=out, stderr=subprocess.STDOUT, env=os.environ | env)
+        streams = {"stdin": terminal, "stdout": terminal or out, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(script, **streams, env=os.environ | env, start_new_session=True)
 
 
 @pytest.mark.slow
@@ -224,7 +269,7 @@ def test_search_on_two_nodes_outlives_a_kill_and_a_signal(monkeypatch):
         driver = start(f"--resume tiny --address {address}")
         wait_for(lambda: len(rows("finished", "stopped")) >= 4 or driver.poll() is not None)
         driver.send_signal(signal.SIGINT)
-        assert driver.wait(60) == 130
+        assert driver.wait(150) == 130
         assert "stopped by SIGINT, saved in checkpoints/tiny; --resume tiny goes on" in (
             Path("out.txt").read_text()
         )
@@ -232,10 +277,10 @@ def test_search_on_two_nodes_outlives_a_kill_and_a_signal(monkeypatch):
         assert rows("running") == {}
 
         driver = start(f"--resume tiny --address {address}")
-        assert driver.wait(120) == 0
+        assert driver.wait(200) == 0
         output = Path("out.txt").read_text()
         too_many = start(f"demo --name other --cpus-per-trial 2 --address {address}")
-        assert too_many.wait(60) == 2
+        assert too_many.wait(150) == 2
     assert Path("out.txt").read_text() == (
         "error: cpus_per_trial: 2, but no machine has more than 1; use up to 1\n"
     )
@@ -263,7 +308,7 @@ def test_search_on_two_nodes_outlives_a_kill_and_a_signal(monkeypatch):
     stored = json.loads(Path("checkpoints/tiny/search.json").read_text())
     assert (stored["num_samples"], stored["grace_epochs"], stored["val_size"]) == (8, 1, 200)
     # With nothing left to do it is resumed without Ray, which `--address` would have to find.
-    assert start(f"--resume tiny --address {address}").wait(60) == 0
+    assert start(f"--resume tiny --address {address}").wait(150) == 0
     assert rows() == after
 
 
@@ -293,9 +338,7 @@ def test_ray_listens_on_the_loopback_address_to_who_has_the_token():
     line = "demo --name tiny --num-samples 2 --epochs 1000 --grace-epochs 1000"
     driver = start(line, RAY_AUTH_TOKEN="e" * 64)
     wait_for(lambda: rows("running"))
-    pids = {driver.pid}
-    for _ in range(4):  # its children and theirs
-        pids |= {pid for pid, parent in parents().items() if parent in pids}
+    pids = descendants(driver.pid)
     listening = subprocess.run(["ss", "-ltnpH"], capture_output=True, text=True, check=True).stdout
     users = {line: set(map(int, re.findall(r"pid=(\d+)", line))) for line in listening.splitlines()}
     ours = [line for line in users if users[line] & pids]
@@ -317,8 +360,39 @@ def test_ray_listens_on_the_loopback_address_to_who_has_the_token():
             clients[token].wait(10)
         clients[token].kill()
         assert clients[token].communicate()[0] == b""
-    driver.send_signal(signal.SIGTERM)
-    assert driver.wait(60) == 128 + signal.SIGTERM
+    os.killpg(driver.pid, signal.SIGTERM)  # Ray's processes are in its group
+    assert driver.wait(150) == 128 + signal.SIGTERM
+    assert (
+        "SIGTERM, saved in checkpoints/tiny; --resume tiny goes on" in Path("out.txt").read_text()
+    )
+    assert {row["status"] for row in rows().values()} == {"cut off"}
+    assert not pids & set(parents())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
+def test_second_ctrl_c_and_a_terminal_that_goes_leave_no_bar_and_no_process(name):
+    ours, terminal = os.openpty()
+    driver = start("demo --name tiny --num-samples 2 --epochs 1000 --grace-epochs 1000", terminal)
+    os.close(terminal)
+    wait_for(lambda: rows("running"))
+    pids = descendants(driver.pid)
+    os.killpg(driver.pid, getattr(signal, name))
+    if name == "SIGINT":
+        time.sleep(0.2)
+        os.killpg(driver.pid, signal.SIGINT)
+    shown = b""
+    with contextlib.suppress(OSError):  # the end
+        while part := os.read(ours, 9999):
+            shown += part
+    os.close(ours)
+    assert driver.wait(150) == 128 + getattr(signal, name)
+    assert not pids & set(parents())
+    if name == "SIGINT":
+        assert b"SIGINT: stopping" in shown
+        last = re.split(rb"[\r\n]+", shown.partition(b"SIGINT: stopping")[2])
+        assert b"interrupted; --resume tiny goes on" in last
+        assert not any(b"trials 0/2" in line for line in last[-3:])
 
 
 def test_the_token_is_another_one_every_time(monkeypatch):
@@ -330,6 +404,14 @@ def test_the_token_is_another_one_every_time(monkeypatch):
     assert first[0] == second[0] == "token"
     assert first[1] != second[1]
     assert len(first[1]) == 64
+
+
+def descendants(pid):
+    """A process, its children and theirs."""
+    found = {pid}
+    for _ in range(4):
+        found |= {pid for pid, parent in parents().items() if parent in found}
+    return found
 
 
 def parents():
@@ -357,7 +439,7 @@ def test_a_search_whose_processes_cannot_start_says_so(file, content):
     code = "import script, search; search.START = 10; script.run_script(search.main)"
     env = os.environ | {"PYTHONPATH": f"{Path('broken').resolve()}{os.pathsep}{ROOT}"}
     line = [sys.executable, "-c", code, "demo", "--name", "tiny", "--num-samples", "2"]
-    result = subprocess.run(line, env=env, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(line, env=env, capture_output=True, text=True, timeout=150)
     assert result.returncode == 2
     assert result.stderr.startswith("error: address: no process of Ray's can train")
     assert result.stderr.count("\n") == 1
@@ -365,20 +447,30 @@ def test_a_search_whose_processes_cannot_start_says_so(file, content):
 
 
 @pytest.mark.slow
-def test_a_search_ends_when_its_trials_fail_for_one_reason_or_its_time_is_over():
-    driver = start("demo --name tiny --num-samples 9 --epochs 1", FAULTS="full")
-    assert driver.wait(60) == 1
+def test_a_search_ends_when_its_trials_fail_for_one_reason_or_its_time_is_over(monkeypatch):
+    for name in search_script.LOCAL:  # `import search` has set them
+        monkeypatch.delenv(name, raising=False)
+    Path("home").mkdir()
+    line = "demo --name tiny --num-samples 9 --epochs 1"
+    Path("home/utils.py").write_text("raise ImportError('not these')")  # ours comes before it
+    home = str(Path("home").resolve())
+    driver = start(line, FAULTS="full", HOME=home, PYTHONPATH=home)
+    assert driver.wait(150) == 1
+    assert not Path("home/.ray").exists()
     last = Path("out.txt").read_text().splitlines()[-1]
     assert re.fullmatch(
-        r"error: 3 trials in a row failed, the last one with InputError: tiny/00\d/last.pt: cannot"
-        r" be written \(No space left\); fix this, then --resume tiny goes on",
+        r"error: 3 trials in a row failed, the last one with InputError: checkpoints/tiny/00\d/"
+        r"last.pt: cannot be written \(File too large\); what was there before is intact; fix this,"
+        r" then --resume tiny goes on",
         last,
     )
     assert len(rows("failed")) < 9
+    assert "best:" not in Path("out.txt").read_text()
+    assert not Path("checkpoints/tiny/best.json").exists()
     # Of a time that is over before the first trial begins, and during one.
     for name, minutes in (("early", 0.0001), ("late", 0.2)):
         line = f"demo --name {name} --num-samples 9 --epochs 1000 --grace-epochs 1000"
-        assert start(f"{line} --max-minutes {minutes}").wait(90) == 0
+        assert start(f"{line} --max-minutes {minutes}").wait(200) == 0
         assert f"9 trials are left: --resume {name} goes on" in Path("out.txt").read_text()
     assert not Path("checkpoints/early/trials.csv").exists()
     statuses = {row["status"] for row in utils.read_csv("checkpoints/late/trials.csv")}
@@ -403,8 +495,8 @@ def test_trial_that_ray_kills_for_its_memory_fails_alone(memory_to_itself, monke
         pytest.skip("less than 8 GB are free")
     monkeypatch.setenv("RAY_memory_usage_threshold", f"{1 - (free - 3e6) / total:.3f}")
     line = f"demo --name tiny --num-samples 3 --epochs 1 --cpus-per-trial {os.cpu_count()}"
-    assert start(line, FAULTS="greedy").wait(120) == 0
+    assert start(line, FAULTS="greedy").wait(200) == 0
     assert [row["status"] for row in rows().values()] == ["failed", "finished", "finished"]
     assert rows()[1]["error"].startswith("1 worker(s) were killed")
-    assert start("--resume tiny").wait(120) == 0
+    assert start("--resume tiny").wait(200) == 0
     assert [row["status"] for row in rows().values()] == ["finished"] * 3

@@ -1,6 +1,8 @@
 """The trials of a search: what they draw, report and leave, and what outlives damage."""
 
+import hashlib
 import importlib.util
+import io
 import json
 import pickle
 import shutil
@@ -10,11 +12,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import Bomb
+from damaged_search import damage_rounds
 
 import utils
 from config import PRESETS, check_config, load_config
 from data import load_dataset
+from distributed import StopSignals
 from model import ResNet, count_parameters
 
 if not importlib.util.find_spec("ray"):  # not imported: search.py tells it first where to listen
@@ -313,11 +318,55 @@ def test_rows_outlive_the_folders(ended):
 
 def test_one_damaged_line_costs_that_line_where_the_folder_is_gone_too(ended, capsys):
     path = ended.path / "trials.csv"
-    path.write_text(path.read_text().replace("\n2,stopped", "\n2,st0pped"))
-    assert loaded()[2]["status"] == "stopped"
-    assert "trials.csv is damaged" in capsys.readouterr().err
-    shutil.rmtree(ended.folder(2))
-    assert sorted(loaded()) == [1, 3, 4]
+    whole = path.read_bytes()
+    for old, new in (
+        (b"\n2,stopped", b"\n2,st0pped"),
+        (b"\n2,stopped", b"\n2,\xffopped"),
+        (b"\n2,stopped", b"\n2"),
+        (b"\n2,stopped,20.0", b"\n2,stopped,"),
+        (b"\n2,stopped,20.0", b"\n2,stopped,2e9"),
+    ):
+        assert old in whole
+        path.write_bytes(damaged := whole.replace(old, new))
+        assert loaded()[2]["val_accuracy"] == 20.0
+        assert "trials.csv is damaged, kept as trials.csv.damaged" in capsys.readouterr().err
+        ended.folder(2).rename("gone")
+        assert sorted(loaded()) == [1, 3, 4]
+        Path("gone").rename(ended.folder(2))
+        trials = found(TINY, num_samples=5)
+        trials.load()
+        trials.write_table()
+        assert path.with_name("trials.csv.damaged").read_bytes() == damaged
+        assert utils.read_csv(path)[1]["status"] == "stopped"
+    for folder in ended.path.glob("00?"):
+        shutil.rmtree(folder)
+    path.write_bytes(whole.replace(b"\n3,", b"\n2,"))  # which of them is trial 2?
+    assert sorted(loaded()) == [1, 4]
+
+
+def test_no_row_is_lost_or_changed_by_random_damage():
+    assert damage_rounds(40) == {"nothing lost": 40}
+
+
+def test_a_trial_that_ended_keeps_its_row_whatever_becomes_of_its_process(ended):
+    monitor = search_script.Monitor(ended, StopSignals())
+    monitor.on_trial_error(SimpleNamespace(config={"number": 2}, error_file="gone"))
+    assert ended.rows[2]["status"] == "stopped"
+
+
+@pytest.mark.parametrize("start", [b"\xef\xbb\xbf", b"[" * 100_000])
+def test_byte_order_marks_and_deep_json(ended, start, capsys):
+    expected = loaded()
+    for path in ended.path.glob("*/trial.json"):
+        path.write_bytes(start + path.read_bytes())
+    assert loaded() == expected
+    if start.startswith(b"\xef"):
+        assert ended.read(4) == ended.rows[4]
+    else:
+        with pytest.raises(utils.InputError, match="too deep"):
+            ended.read(4)
+        ended.mend(4)
+        assert "trial 4 starts anew" in capsys.readouterr().err
 
 
 def test_damage_costs_one_trial_its_unfinished_work(reports, digits, monkeypatch, capsys):
@@ -394,12 +443,18 @@ def test_a_kill_between_the_first_state_and_config_json_costs_nothing(
 def test_no_pickle_in_a_folder_of_results_is_read(reports, digits):
     trials = found(TINY, num_samples=1)
     bomb = pickle.dumps(Bomb())
+    pickle.loads(bomb).close()  # it does go off
+    Path("bomb_went_off").unlink()
     folder = trials.path / "ray"
     folder.mkdir(parents=True)
     for name in ("tuner.pkl", "search_gen_state-1.json", "searcher-state-1.pkl"):
         (folder / name).write_bytes(bomb)
-    trials.folder(1).mkdir()
-    for name in ("last.pt", "trial.json", "error.pkl"):
+    trials.write(trials.draw(1) | {"status": "running"})
+    torch.save({"config": Bomb()}, buffer := io.BytesIO())
+    state = buffer.getvalue()
+    for name in ("last.pt", "previous.pt"):  # as if train.py had written it
+        (trials.folder(1) / name).write_bytes(state + hashlib.sha256(state).digest())
+    for name in ("model.safetensors", "config.json", "log.csv", "error.pkl"):
         (trials.folder(1) / name).write_bytes(bomb)
     (trials.path / "trials.csv").write_bytes(bomb)
     trials.load()
@@ -414,3 +469,16 @@ def test_what_failed_is_not_the_best(ended):
     assert ended.best()["trial"] == 4
     ended.rows[4]["val_accuracy"] = None
     assert ended.best()["trial"] == 2
+
+
+def test_best_json_is_not_promised_where_the_best_trial_is_damaged(ended, capsys):
+    search_script.finish(ended, 0)
+    assert "next: python train.py --config checkpoints/tiny/best.json" in capsys.readouterr().out
+    (ended.folder(4) / "trial.json").unlink()
+    (ended.path / "best.json").unlink()
+    trials = found(TINY, num_samples=5)
+    trials.load()
+    search_script.finish(trials, 0)
+    printed = capsys.readouterr().out
+    assert "no best.json: checkpoints/tiny/004/trial.json is damaged" in printed
+    assert "next:" not in printed

@@ -3,10 +3,11 @@
     FAULTS=two python tests/tiny_search.py demo --num-samples 6 --epochs 2
 
 FAULTS=two: the first two trials fail once, each its own way. FAULTS=greedy: the first one takes
-6 GB, and Ray is to kill it. FAULTS=full: they all find the disk full.
+6 GB, and Ray is to kill it. FAULTS=full: none can write more than 2 kB, as if the disk were full.
 """
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -17,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import script
 
 import search
-import utils
 
 TINY = search.SPACE | {
     "num_blocks": (1, 2),
@@ -39,15 +39,19 @@ def run_faulty(trial, trials, root, data):
         while FAULTS == "greedy" and number == 1 and len(taken) < 60:
             taken.append(b"x" * 100_000_000)
             time.sleep(0.05)
-        if FAULTS == "full":
-            raise utils.InputError(f"{config.name}/last.pt: cannot be written (No space left)")
         mark = Path(root, f"failed-{number}")
         if FAULTS == "two" and number <= 2 and not mark.exists():
             mark.touch()
             if number == 1:
                 raise MemoryError("no memory is left\nfor this")
             os.kill(os.getpid(), signal.SIGKILL)
-        return train(config, *args)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if FAULTS == "full":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+        try:
+            return train(config, *args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     search.train = train_faulty
     run_trial(trial, trials, root, data)
