@@ -3,6 +3,7 @@
 import script
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,6 +20,9 @@ HAS_CIFAR10 = any(
     (ROOT / "data" / name).is_dir() for name in (data.BINARY_FOLDER, "cifar-10-batches-py")
 )
 TINY = replace(PRESETS["demo"], name="tiny", epochs=3, max_steps_per_epoch=3, wandb="disabled")
+
+if hasattr(signal, "SIGHUP"):  # which the scripts leave ignored, if the tests run under nohup
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(config, items):

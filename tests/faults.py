@@ -106,6 +106,7 @@ def main() -> int:
     train.load_dataset = functools.cache(train.load_dataset)
     train.load_dataset(TINY.dataset, TINY.data_dir, TINY.val_size, TINY.download, TINY.train_size)
     utils.git_commit()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         whole = [Whole(config) for config in RECIPES]
@@ -285,14 +286,14 @@ def signal_all(whole: list[Whole], number: int, rng: random.Random) -> int:
         name = rng.choice(distributed.StopSignals.NAMES)
         fork, sent = Fork(one.config), getattr(signal, name)
         status = fork.wait(rng.uniform(0.01, one.seconds), sent)
-        last = (fork.lines or [""])[-1]
-        if status == 128 + sent and last.startswith(f"stopped by {name} after "):
-            outcome = "saved" if f"{name}: stopping after" in "".join(fork.lines) else "wrong"
+        said = "\n".join(["", *fork.lines])
+        if status == 128 + sent and f"\nstopped by {name} after " in said:
+            outcome = "saved" if f"\n{name}: stopping after" in said else "wrong"
         elif status == 0:  # heard after the last step, or not at all
             outcome = "too late"
         else:  # it has its usual effect until there is something to save
             begun = has_state(one.config)
-            usual = status == -sent or (status, last) == (130, "interrupted")
+            usual = status == -sent or (status, said) == (130, "\ninterrupted")
             outcome = "before the run" if usual and not begun else "wrong"
         if outcome == "wrong":
             print(f"wrong: {name}, exit status {status}", *fork.lines, sep="\n  ")

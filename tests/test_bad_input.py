@@ -354,7 +354,7 @@ def test_file_of_constants_with_a_bad_one(monkeypatch, capsys):
 
 
 def test_weights_that_are_not_finite_are_no_result(finished, monkeypatch, capsys):
-    model, info = checkpoint.load_model("checkpoints/demo/model.safetensors")
+    model, info = checkpoint.load_model("checkpoints/tiny/model.safetensors")
     del info["architecture"]
     model.linear.bias.data[3] = float("nan")
     save_model("nan.safetensors", model, info)
@@ -377,8 +377,7 @@ def test_missing_library_is_one_line():
     result = run("train.py", "demo", PYTHONPATH=".")
     assert result.stderr == ("error: torch: not installed; run `pip install -r requirements.txt`\n")
     assert result.returncode == 2
-    Path("torch.py").write_text("import model, nothing_of_ours")  # what someone edits
-    error = "raise ModuleNotFoundError('gone', name='model')"
+    error = "raise ModuleNotFoundError('a file of ours, which someone edits', name='model')"
     Path("torch.py").write_text(error)
     result = run("train.py", "demo", PYTHONPATH=".")
     assert "Traceback" in result.stderr and error in result.stderr

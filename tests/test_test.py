@@ -211,10 +211,11 @@ def test_comparison_counts_what_one_model_alone_gets_right(demo, monkeypatch, ca
     assert compared["only_first"] > 20
     assert compared["p"] < 1e-4
     right = written["correct"] - compared["only_first"] + compared["only_second"]
-    printed = capsys.readouterr().out.splitlines()
-    assert f"({right} of 359;" in printed[-3]
-    assert f"first alone {compared['only_first']}, with the second" in printed[-2]
-    assert printed[-1].startswith("McNemar's exact test: p = ")
+    printed = capsys.readouterr().out
+    second = printed[printed.index("\nblind.safetensors: ") :].splitlines()
+    assert f"({right} of 359;" in second[1]
+    assert f"first alone {compared['only_first']}, with the second" in second[2]
+    assert second[3].startswith("McNemar's exact test: p = ")
 
 
 def test_worst_mistakes_come_first_and_say_what_they_are():
