@@ -184,6 +184,7 @@ def endless():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "moment", "status", "last_words"),
     [

@@ -202,6 +202,7 @@ def test_signal_ends_the_wait_for_a_silent_server():
         assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_signal_in_a_training_with_a_silent_server_is_not_kept_waiting():
     with online("once a run has started", TRAIN, *LINE, "4000", seconds=3) as process:
         read_until(process, "epoch    1/4000")
@@ -231,6 +232,7 @@ print("done", flush=True)"""
         assert re.fullmatch("warning: wandb: .*; going on without it\n", err)
 
 
+@pytest.mark.slow
 def test_logging_to_a_silent_server_does_not_block_and_ending_the_run_has_a_deadline():
     code = """
 from pathlib import Path
