@@ -21,8 +21,12 @@ HAS_CIFAR10 = any(
 )
 TINY = replace(PRESETS["demo"], name="tiny", epochs=3, max_steps_per_epoch=3, wandb="disabled")
 
-if hasattr(signal, "SIGHUP"):  # which the scripts leave ignored, if the tests run under nohup
+# A script leaves a signal ignored that it inherits so; under nohup or in a shell's background the
+# tests would hand theirs down.
+if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config, items):
