@@ -6,13 +6,14 @@ import math
 import os
 import re
 import shutil
+import subprocess
 import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_main
+from conftest import ROOT, run_main
 from faults import FAST, SMALL
 from torch.nn import functional as F
 
@@ -25,7 +26,7 @@ from augment import Augmentation, train_batches
 from checkpoint import load_model, load_state, save_state
 from config import CLAIMS, PRESETS, Config, Recipe, Run, record
 from data import load_dataset
-from learner import Learner, Proxy
+from learner import Learner, Proxy, make_model
 from metrics import Score
 from model import Architecture, ResNet
 from optim import lr_factor, make_average
@@ -195,6 +196,21 @@ def test_average_is_what_is_validated_tested_and_saved(tiny):
     )
     assert test == score
     assert read_log("tiny")[-1]["val_loss"] == pytest.approx(val.loss)
+
+
+@pytest.mark.parametrize(("c1", "last"), [(3, False), (4, True)])
+def test_narrow_network_learns_where_onednn_writes_past_its_memory(tiny, c1, last):
+    """As on CPUs with AVX2 alone, where channels that come last crashed the process."""
+    config = replace(tiny, c1=c1, num_blocks=(1, 1), width=2, pool_kernel=16, epochs=1)
+    result = subprocess.run(
+        [sys.executable, "-c", f"import train; train.train(train.{config!r})"],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "ONEDNN_MAX_CPU_ISA": "AVX2"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    weights = make_model(config, load_dataset("digits"), torch.device("cpu")).stages[0][0].conv1
+    assert weights.weight.is_contiguous(memory_format=torch.channels_last) == last
 
 
 def test_first_loss_of_tpsnet_is_near_ln_10_and_gradients_reach_every_parameter():
