@@ -1,44 +1,37 @@
-"""What a run leaves on the disk: training state, model file, run folder and its lock; resuming."""
+"""What a run leaves on the disk: training state, run folder and its lock; resuming."""
 
 import contextlib
 import hashlib
 import io
-import json
 import math
 import time
 import warnings
 import zipfile
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import filelock
-import safetensors
-import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import plots
 from distributed import StopSignals, all_reduce_max, broadcast_from_main, is_main, num_processes
 from metrics import LOG_INTERVAL, Metrics, Score
-from model import Architecture, ResNet
 from utils import (
     DivergenceError,
     InputError,
     atomic_path,
-    check_number,
     first_line,
-    from_json,
     remove_temporaries,
     warn,
     write_csv,
 )
+from weights import save_model
 
 PREVIOUS = "previous.pt"  # the training state that was saved before the last one
 # What a run writes, beside W&B's folder; the state comes first and goes last.
 RUN_FILES = ("last.pt", PREVIOUS, "config.json", "log.csv", "model.safetensors", "curves.png")
 EPOCH_SECONDS = 10  # an epoch that ends sooner after a save is not worth one of its own
-FILE_FORMAT = "tpsnet-2"  # marks our .safetensors files, with the version of their metadata
 
 
 # ---------------------------------------------------------------- the training state
@@ -293,9 +286,9 @@ class Checkpointer:
             self.metrics.print_epoch()
         self.end_if_asked(number)
 
-    def finish(self, test: Score | None) -> None:
+    def finish(self, test: Score | None, temperature: float | None) -> None:
         """Write what a finished run leaves."""
-        self.write_model(test)
+        self.write_model(test, temperature)
         if is_main():
             write_csv(self.folder / "log.csv", self.metrics.log)
             plots.learning_curves(self.metrics.log, self.folder / "curves.png", self.folder.name)
@@ -313,15 +306,19 @@ class Checkpointer:
             save_state(self.folder / "last.pt", self.started | state)
         self.saved_at = time.monotonic()
 
-    def write_model(self, test: Score | None = None) -> None:
-        """Write the network, with how it did: accuracies in percent, `test` None until the end."""
+    def write_model(self, test: Score | None = None, temperature: float | None = None) -> None:
+        """Write the network, with how it did: accuracies in percent; both None until the end."""
         last = self.metrics.log[-1]
         accuracy = {
             "train": last["train_accuracy"],  # as seen while training, augmented
             "val": last["val_accuracy"],
             "test": test and test.accuracy,
         }
-        described = self.metadata | {"epochs": self.metrics.epoch, "accuracy": accuracy}
+        described = self.metadata | {
+            "epochs": self.metrics.epoch,
+            "accuracy": accuracy,
+            "temperature": temperature,  # of the validation images, for calibrated probabilities
+        }
         if is_main():
             model = self.parts["learner"].eval_model
             save_model(self.folder / "model.safetensors", model, described)
@@ -363,89 +360,3 @@ def divergence_explained(folder: Path, metrics: Metrics) -> Iterator[None]:
             f"{error} at lr {metrics.lr:g}; the last good state is {folder / 'last.pt'}; start"
             " again with a lower --lr, under another --name"
         ) from None
-
-
-# ---------------------------------------------------------------- the model file
-
-
-def save_model(path: str | Path, model: nn.Module, metadata: dict[str, object]) -> None:
-    """Write weights and `metadata` to one `.safetensors` file, whole or not at all.
-
-    `metadata` holds JSON values, at least the `mean` and `std` that images are normalised with,
-    the `class_names` of the logits, and the `dataset` that the model is tested on.
-
-    The wrappers of DDP and torch.compile are taken off first, so names never carry their prefixes.
-    """
-    while (inner := getattr(model, "module", getattr(model, "_orig_mod", None))) is not None:
-        model = inner
-    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    described = {"architecture": asdict(model.architecture), **metadata}
-    check_metadata(described)
-    texts = {key: json.dumps(value) for key, value in described.items()}
-    marks = {"file_format": FILE_FORMAT, "sha256": checksum(tensors, texts)}
-    with atomic_path(path) as temporary:
-        # Not save_file: it makes files that only their owner can read.
-        temporary.write_bytes(safetensors.torch.save(tensors, marks | texts))
-
-
-def checksum(tensors: dict[str, Tensor], texts: dict[str, str]) -> str:
-    """SHA-256 of all that a model file says: names, types, shapes and values, and the metadata."""
-    digest = hashlib.sha256(json.dumps(texts, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def check_metadata(metadata: dict[str, object]) -> None:
-    """Raise InputError, KeyError or TypeError if a model cannot be used with this metadata."""
-    if len(metadata["class_names"]) != metadata["architecture"]["num_classes"]:
-        raise InputError("as many class_names as num_classes are needed")
-    for name in ("mean", "std"):
-        red, green, blue = metadata[name]
-        for value in (red, green, blue):
-            check_number(name, value, 0, 255)
-
-
-def load_model(path: str | Path) -> tuple[ResNet, dict[str, object]]:
-    """The network in `path`, on the CPU in eval mode, and the metadata it was saved with.
-
-    Images must be scaled to [0, 1], then normalised with `metadata["mean"]` and `["std"]`.
-    Nothing in the file is executed, and no memory is taken on its word.
-
-    Raises:
-        InputError: the file is missing, damaged, or not one of ours.
-    """
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            texts = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise InputError(
-            f"checkpoint: {path} does not exist; train one (`python train.py demo` takes a"
-            " minute), or name another"
-        ) from None
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise InputError(
-            f"checkpoint: {path} is damaged or no .safetensors file ({first_line(error)});"
-            " name a model.safetensors that train.py wrote"
-        ) from None
-    try:
-        if texts.pop("file_format", None) != FILE_FORMAT:
-            raise ValueError(f"its metadata lacks file_format {FILE_FORMAT}")
-        if texts.pop("sha256", None) != checksum(tensors, texts):
-            raise ValueError("its SHA-256 is another: it is damaged")
-        metadata = {key: json.loads(text) for key, text in texts.items()}
-        check_metadata(metadata)
-        # Built without memory and filled from the file: a lying architecture costs nothing.
-        with torch.device("meta"):
-            model = ResNet(from_json(Architecture, metadata["architecture"]))
-        model.load_state_dict(tensors, assign=True)
-        if not all_finite(tensors):
-            raise ValueError("its weights are not finite")
-    except (InputError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"checkpoint: {path} is not one of ours ({first_line(error)});"
-            " name a model.safetensors that train.py wrote"
-        ) from None
-    return model.float().eval(), metadata

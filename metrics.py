@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from distributed import StopSignals, all_reduce_sum, is_main, num_processes, rank
 from utils import DivergenceError, duration, first_line, warn
+from weights import TEMPERATURES
 
 EVAL_BATCH = 500  # images; one size everywhere, so that every script gets the same last digit
 CALIBRATION_BINS = 15  # as in Guo et al., arXiv:1706.04599
@@ -119,6 +120,9 @@ class Calibration:
         """Expected calibration error: the gap between the two, in points, mean of the images."""
         return float(np.average(np.abs(self.accuracy - self.confidence), weights=self.count))
 
+    def __str__(self) -> str:
+        return f"{self.error:.2f} points (mean confidence {self.mean_confidence:.2f}%)"
+
 
 def calibrate(logits: Tensor, labels: Tensor) -> Calibration:
     """How far a model's probabilities can be believed (Guo et al., arXiv:1706.04599)."""
@@ -132,6 +136,27 @@ def calibrate(logits: Tensor, labels: Tensor) -> Calibration:
         for values in (confidence, right)
     )
     return Calibration(count, *means)
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The number that logits are divided by, so that their softmax can be believed.
+
+    It has the least cross entropy on these images, which must not be those that the network was
+    trained on (temperature scaling; Guo et al., arXiv:1706.04599).
+    """
+    logits, labels = logits.cpu().double(), labels.cpu()
+    log_scale = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    lbfgs = torch.optim.LBFGS([log_scale], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        lbfgs.zero_grad()
+        value = F.cross_entropy(logits * log_scale.exp(), labels)
+        value.backward()
+        return value
+
+    lbfgs.step(loss)
+    low, high = TEMPERATURES  # where every image is right, ever lower ones are better
+    return min(max(math.exp(-log_scale.item()), low), high)
 
 
 # ---------------------------------------------------------------- running metrics

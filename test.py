@@ -10,7 +10,7 @@ All that it needs is in the checkpoint: no constant of config.py is used.
 import script
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 import plots
 import utils
-from checkpoint import load_model
 from config import CHECKPOINTS
 from data import Dataset, load_dataset
 from distributed import init_processes
 from metrics import Score, calibrate, evaluate, score
 from model import model_cost
 from utils import InputError, printable
+from weights import find_checkpoint, load_model, normalizer
 
 NUM_MISTAKES = 24  # in their figure
 
@@ -58,8 +58,7 @@ def test(
     """
     path = find_checkpoint(checkpoint)
     other_path = find_checkpoint(Path(compare)) if compare else None
-    if json and Path(json).is_dir():
-        raise InputError(f"json: {json} is a folder; name a file")
+    utils.check_output("json", json)
     model, info = load_model(path)
     other, other_info = load_model(other_path) if compare else (None, None)
     data = load_dataset(info.get("dataset"), data_dir, download=download)
@@ -82,10 +81,11 @@ def test(
         mirrored = score(classify(model, info, data, flip_tta=True), labels)
         print(f"with the flipped view (TTA): {mirrored}")
     bins = calibrate(logits, labels)
-    print(
-        f"expected calibration error: {bins.error:.2f} points (mean confidence"
-        f" {bins.mean_confidence:.2f}%)"
-    )
+    print(f"expected calibration error: {bins}")
+    calibrated = None
+    if temperature := info.get("temperature"):
+        calibrated = calibrate(logits / temperature, labels)
+        print(f"with the temperature of its validation images, {temperature:.3f}: {calibrated}")
     counts = confusion(logits.argmax(1), labels, len(data.class_names))
     print_per_class(counts, data.class_names)
 
@@ -105,6 +105,9 @@ def test(
         "tta": mirrored and summary(mirrored),
         "mean_confidence": bins.mean_confidence,  # percent
         "calibration_error": bins.error,  # points
+        "temperature": temperature,  # None if no validation images were set aside
+        "calibrated_mean_confidence": calibrated and calibrated.mean_confidence,
+        "calibrated_error": calibrated and calibrated.error,
         "compared_with": comparison and {"checkpoint": other_path.as_posix(), **comparison},
         **asdict(cost),
         "dataset": data.name,
@@ -153,29 +156,9 @@ def classify(
     model: nn.Module, info: dict[str, object], data: Dataset, flip_tta: bool = False
 ) -> Tensor:
     """Logits of the test images, (N, C), normalised by the mean and std in the metadata."""
-    data = replace(data, mean=tuple(info["mean"]), std=tuple(info["std"]))
     images = data.test.images
-    return evaluate(model.to(images.device), images, data.normalize, flip_tta)
-
-
-def find_checkpoint(path: Path) -> Path:
-    """`path` itself if it is a file; of a folder the newest run, else a released model.
-
-    Raises:
-        InputError: the folder has neither.
-    """
-    if not path.is_dir():
-        return path
-    depths = ("", "*/", "*/*/")  # a run, a folder of runs, and of groups of them
-    runs = [run for depth in depths for run in path.glob(f"{depth}model.safetensors")]
-    if runs:
-        return max(runs, key=lambda run: run.stat().st_mtime)
-    if released := sorted(path.glob("*.safetensors")):
-        return released[0]
-    raise InputError(
-        f"checkpoint: {path.as_posix()} holds no run and no released model; train one with"
-        " `python train.py demo`, or name a file"
-    )
+    normalize = normalizer(info, images.device)
+    return evaluate(model.to(images.device), images, normalize, flip_tta)
 
 
 def summary(found: Score) -> dict[str, object]:

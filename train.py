@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 import distributed
 import utils
@@ -46,7 +47,7 @@ from config import (
 )
 from data import Dataset, Split, load_dataset
 from learner import Batch, Learner, Proxy
-from metrics import Metrics, Row, Score, WandbRun, evaluate, score
+from metrics import Metrics, Row, Score, WandbRun, evaluate, fit_temperature, score
 from model import Architecture, model_cost
 from utils import IMAGE_SIZE, InputError
 
@@ -122,12 +123,12 @@ def train(
         checkpointer = Checkpointer(folder, parts, started, metadata, config.save_minutes, stop)
         checkpointer.save()
 
-        def evaluated(split: Split) -> Score | None:
-            if not len(split):
-                return None
+        def classify(split: Split) -> Tensor:
             images, check = split.images, checkpointer.while_evaluating
-            logits = evaluate(learner.eval_model, images, data.normalize, after_batch=check)
-            return score(logits, split.labels)
+            return evaluate(learner.eval_model, images, data.normalize, after_batch=check)
+
+        def evaluated(split: Split) -> Score | None:
+            return score(classify(split), split.labels) if len(split) else None
 
         if distributed.is_main():
             utils.write_json(folder / "config.json", record(config))
@@ -149,8 +150,11 @@ def train(
             if report:
                 report(metrics.log)
 
+        temperature = None
+        if len(data.val):
+            temperature = fit_temperature(classify(data.val), data.val.labels)
         test = evaluated(data.test)
-        checkpointer.finish(test)
+        checkpointer.finish(test, temperature)
         if distributed.is_main():
             if test:
                 print(f"test accuracy: {test}")

@@ -149,6 +149,8 @@ def atomic_path(path: str | Path, keep: Path | None = None) -> Iterator[Path]:
         temporary.replace(path)
         with contextlib.suppress(OSError):  # some network file systems refuse it
             flush_to_disk(path.parent)
+    except BrokenPipeError:
+        raise  # of what the block prints, not of a file
     except OSError as error:
         raise InputError(
             f"{path}: cannot be written ({error.strerror or first_line(error)}); what was there"
@@ -157,6 +159,12 @@ def atomic_path(path: str | Path, keep: Path | None = None) -> Iterator[Path]:
     finally:
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_output(name: str, path: str) -> None:
+    """Raise InputError, naming the option, if a file to write is a folder; none is an empty one."""
+    if path and Path(path).is_dir():
+        raise InputError(f"{name}: {path} is a folder; name a file")
 
 
 def flush_to_disk(path: Path) -> None:

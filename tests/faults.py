@@ -53,8 +53,8 @@ import distributed  # noqa: E402
 import metrics  # noqa: E402
 import train  # noqa: E402
 import utils  # noqa: E402
-from checkpoint import load_model  # noqa: E402
 from config import CHECKPOINTS, PRESETS, Config  # noqa: E402
+from weights import load_model  # noqa: E402
 
 TINY = replace(
     PRESETS["demo"],

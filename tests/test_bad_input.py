@@ -22,10 +22,10 @@ import data
 import test as test_script
 import train as train_script
 import utils
-from checkpoint import save_model
 from config import PRESETS, check_config, load_config
 from model import Architecture, ResNet
 from utils import InputError
+from weights import load_model, save_model
 
 # command line, and words that the error must contain
 BAD_LINES = [
@@ -354,7 +354,7 @@ def test_file_of_constants_with_a_bad_one(monkeypatch, capsys):
 
 
 def test_weights_that_are_not_finite_are_no_result(finished, monkeypatch, capsys):
-    model, info = checkpoint.load_model("checkpoints/tiny/model.safetensors")
+    model, info = load_model("checkpoints/tiny/model.safetensors")
     del info["architecture"]
     model.linear.bias.data[3] = float("nan")
     save_model("nan.safetensors", model, info)

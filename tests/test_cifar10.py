@@ -1,14 +1,17 @@
 """On the real CIFAR-10: `python -m pytest -m cifar10`. Skipped where it is not in data/."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, run
+from PIL import Image
 
-from checkpoint import load_model
 from data import load_dataset
 from metrics import evaluate, score
+from utils import read_csv
+from weights import load_model
 
 DATA = ROOT / "data"
 RELEASED = sorted((ROOT / "checkpoints").glob("*.safetensors"))
@@ -64,3 +67,19 @@ def test_released_weights_classify_as_well_as_they_claim(path, cifar10):
     part = cifar10.test[::10]
     logits = evaluate(model, part.images, cifar10.normalize)
     assert abs(score(logits, part.labels).accuracy - info["accuracy"]["test"]) < 3
+
+
+@pytest.mark.parametrize("path", RELEASED, ids=lambda path: path.stem)
+def test_pictures_in_files_get_the_same_answers(path, cifar10):
+    """A tenth of the test set as PNG files, classified by predict.py."""
+    model, info = load_model(path)
+    images = cifar10.test.images[::10]
+    Path("photos").mkdir()
+    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+        Image.fromarray(image).save(f"photos/{i:04}.png")
+    told = run("predict.py", "photos", "--checkpoint", path, "--top", "1", "--csv", "a.csv")
+    assert told.returncode == 0, told.stderr
+    predicted = evaluate(model, images, cifar10.normalize).argmax(1).tolist()
+    assert [row["class_1"] for row in read_csv("a.csv")] == [
+        info["class_names"][label] for label in predicted
+    ]

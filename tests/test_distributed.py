@@ -19,8 +19,8 @@ import metrics
 import test
 import train
 import utils
-from checkpoint import load_model
 from data import load_dataset
+from weights import load_model
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 

@@ -27,12 +27,12 @@ import checkpoint
 import learner
 import train as train_script
 import utils
-from checkpoint import load_model
 from config import PRESETS, check_resumable, record
 from data import load_dataset
 from metrics import Metrics
 from train import main, train
 from utils import InputError, StoppedError
+from weights import load_model
 
 FOLDER = Path("checkpoints/tiny")
 LINE = (

@@ -23,9 +23,9 @@ def imports(name):
 
 def test_imports_make_no_circle_and_are_few():
     graph = {name: imports(name) for name in SCRIPTS}
-    order = list(TopologicalSorter(graph).static_order())  # CycleError names a circle
-    assert order[0] == "utils"
-    assert sum(map(len, graph.values())) <= 67
+    assert list(TopologicalSorter(graph).static_order())  # CycleError names a circle
+    assert not graph["utils"]
+    assert sum(map(len, graph.values())) <= 80, graph
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

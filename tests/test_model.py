@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import model
-from checkpoint import load_model, save_model
 from config import PRESETS
 from model import Architecture, ResNet, check_budget, model_cost
 from utils import InputError, part_of
+from weights import load_model, save_model
 
 SMALL = {"num_blocks": (1, 1, 1), "c1": 4}
 INFO = {

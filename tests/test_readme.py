@@ -14,7 +14,7 @@ from config import PRESETS, check_config, record
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "checkpoints/fast.md"]
 README, *DOCS = TEXTS = [page.read_text(encoding="utf-8") for page in PAGES]
-TEXT = "\n".join(TEXTS).replace("HOST:PORT", "127.0.0.1:9")
+TEXT = "\n".join(TEXTS).replace("HOST:PORT", "127.0.0.1:9").replace("path/to/TPSNet", str(ROOT))
 SHELL = "\n".join(re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL))
 COMMANDS = re.findall(r"(?:python|torchrun --nproc-per-node \d+) (train\.py[^#&|\n$]*)", SHELL)
 COMMANDS += [line for line in re.findall(r"`python (train\.py [^`]*)`", TEXT) if " -h" not in line]

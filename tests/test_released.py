@@ -6,8 +6,8 @@ import re
 import pytest
 from conftest import ROOT
 
-from checkpoint import load_model
 from model import MAX_PARAMS, count_parameters
+from weights import load_model
 
 RELEASED = sorted((ROOT / "checkpoints").glob("*.safetensors"))
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from conftest import run, run_main
 
-from checkpoint import load_model, save_model
 from data import load_dataset
 from metrics import CALIBRATION_BINS, Score, calibrate, evaluate, score
 from model import Architecture, ResNet, model_cost
-from test import confusion, find_checkpoint, main, mcnemar, worst_mistakes
+from test import confusion, main, mcnemar, worst_mistakes
 from utils import InputError
+from weights import find_checkpoint, load_model, save_model
 
 
 def test_repeats_exactly_what_training_printed(demo):

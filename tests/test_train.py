@@ -23,7 +23,7 @@ import optim
 import train as train_script
 import utils
 from augment import Augmentation, train_batches
-from checkpoint import load_model, load_state, save_state
+from checkpoint import load_state, save_state
 from config import CLAIMS, PRESETS, Config, Recipe, Run, record
 from data import load_dataset
 from learner import Learner, Proxy, make_model
@@ -32,6 +32,7 @@ from model import Architecture, ResNet
 from optim import lr_factor, make_average
 from train import main, train, train_seeds
 from utils import InputError, generator, part_of
+from weights import load_model
 
 
 def read_log(name):
