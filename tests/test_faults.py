@@ -170,9 +170,9 @@ def test_signal_too_late_to_matter_lets_the_run_finish(tiny, monkeypatch, capfd)
     """The last step is taken and the network tested when it comes."""
     finish = checkpoint.Checkpointer.finish
 
-    def signalled(self, score):
+    def signalled(*args):
         os.kill(os.getpid(), signal.SIGTERM)
-        finish(self, score)
+        finish(*args)
 
     monkeypatch.setattr(checkpoint.Checkpointer, "finish", signalled)
     assert run_main(main, *LINE, monkeypatch=monkeypatch) == 0
