@@ -115,6 +115,7 @@ def predict(
                     row["error"], failures = picture, failures + 1
                 for write in writers:
                     write(row)
+            sys.stdout.flush()  # a pipe gets each batch at once, and says here if it is broken
             bar.update(len(batch))
     return failures
 
