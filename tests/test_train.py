@@ -195,7 +195,9 @@ def test_average_is_what_is_validated_tested_and_saved(tiny):
         metrics.score(metrics.evaluate(model, split.images, digits.normalize), split.labels)
         for split in (digits.val, digits.test)
     )
-    assert test == score
+    # Where channels come last, as while training, some CPUs add up in another order.
+    assert (test.correct, test.total) == (score.correct, score.total)
+    assert test.loss == pytest.approx(score.loss, rel=1e-5)
     assert read_log("tiny")[-1]["val_loss"] == pytest.approx(val.loss)
 
 
