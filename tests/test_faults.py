@@ -90,6 +90,7 @@ def network(monkeypatch):
 # ---------------------------------------------------------------- kills, at random
 
 
+@pytest.mark.slow
 def test_small_campaign_loses_nothing():
     """Kills, signals and damage, for the recipes of all presets; `faults.py` says what it does."""
     numbers = {"kills": 4, "signals": 4, "corruptions": 8, "searches": 20, "silences": 0}

@@ -280,6 +280,7 @@ def test_model_file_explains_itself(demo):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.slow
 def test_compiled_network_learns_the_same_and_is_saved_under_plain_names(tiny):
     small = {"num_blocks": (1,), "c1": 2, "pool_kernel": 32}  # compiled in seconds
     config = replace(tiny, **small, epochs=1, bfloat16=False)

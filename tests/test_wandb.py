@@ -72,6 +72,7 @@ def test_offline_run_holds_every_epoch_the_curves_and_the_final_accuracy(demo):
     assert {u.key: u.value_json for u in configs[0].update}["batch_size"] == "64"
 
 
+@pytest.mark.slow
 def test_auto_without_a_login_is_offline_asks_nothing_and_resumes_the_same_run(tmp_path):
     line = "train.py demo --name group/demo --epochs 2 --max-steps-per-epoch 2 --wandb auto".split()
     alone = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "WANDB_API_KEY": ""}
