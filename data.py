@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from utils import IMAGE_SIZE, InputError, first_line, warn
+from utils import IMAGE_SIZE, InputError, first_line, normalizer, warn
 
 # Class names, and per channel the mean and std of all pixels of the training images, scaled to
 # [0, 1]. The CIFAR-10 std that is copied everywhere, (0.2023, 0.1994, 0.2010), is not that: it is
@@ -78,16 +79,9 @@ class Dataset:
         return replace(self, train=train, val=val, test=test)
 
     @cached_property
-    def statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and std, (3, 1, 1) each, on the data's device: made once, not in every step."""
-        device = self.train.labels.device
-        mean, std = (torch.tensor(v, device=device) for v in (self.mean, self.std))
-        return mean[:, None, None], std[:, None, None]
-
-    def normalize(self, images: Tensor) -> Tensor:
-        """uint8 images, (N, 3, 32, 32), to float32 with about zero mean and unit variance."""
-        mean, std = self.statistics
-        return (images / 255 - mean) / std
+    def normalize(self) -> Callable[[Tensor], Tensor]:
+        """What makes uint8 images on the data's device what a network takes."""
+        return normalizer(self.mean, self.std, self.train.labels.device)
 
 
 # ---------------------------------------------------------------- loading

@@ -149,8 +149,7 @@ def export(
         elif not kind.endswith("int8") and verdict.difference > allowed:
             refused.append(f"{kind} differs by {verdict.difference:.1e}")
         else:
-            suffix, _, precision = kind.partition("-")
-            files.append(out / f"{name}{precision and '-'}{precision}.{suffix}")
+            files.append(out / file_name(name, kind))
             with utils.atomic_path(files[-1]) as temporary:
                 temporary.write_bytes(content)
     print()
@@ -162,6 +161,12 @@ def export(
             " another format, or allow more"
         )
     return verdicts
+
+
+def file_name(network: str, kind: str) -> str:
+    """What the file of a network in a format is called: fast-int8.onnx, say."""
+    suffix, dash, precision = kind.partition("-")
+    return f"{network}{dash}{precision}.{suffix}"
 
 
 def check_libraries(asked: tuple[str, ...]) -> list[str]:
@@ -274,14 +279,16 @@ def make(kind: str, network: Normalized, calibration: Tensor, described: dict[st
     Raises:
         InputError: its exporter fails.
     """
-    makers = {
-        "onnx": lambda: to_onnx(network, described),
-        "onnx-int8": lambda: to_onnx_int8(network, calibration, described),
-        "pte": lambda: to_pte(network),
-        "pte-int8": lambda: to_pte_int8(network, calibration),
-    }
     try:
-        return makers[kind]()
+        match kind:
+            case "onnx":
+                return to_onnx(network, described)
+            case "onnx-int8":
+                return to_onnx_int8(network, calibration, described)
+            case "pte":
+                return to_pte(network)
+            case "pte-int8":
+                return to_pte_int8(network, calibration)
     except Exception as error:  # whatever a library of another version can raise
         raise InputError(
             f"format: {kind} failed ({first_line(error)}); install the versions of"

@@ -35,7 +35,7 @@ from config import CHECKPOINTS
 from distributed import init_processes
 from metrics import EVAL_BATCH, evaluate
 from utils import IMAGE_SIZE, InputError, first_line, printable
-from weights import find_checkpoint, load_model, normalizer
+from weights import find_checkpoint, load_model
 
 MAX_READERS = 4  # pictures decoded at once: each can take a gigabyte
 HEIC_SUFFIXES = {".heic", ".heif"}
@@ -87,7 +87,7 @@ def predict(
     explain(path, names, temperature)
 
     device = init_processes()
-    model, normalize = model.to(device), normalizer(info, device)
+    model, normalize = model.to(device), utils.normalizer(info["mean"], info["std"], device)
     failures = 0
     with contextlib.ExitStack() as stack:
         writers = [write_line]

@@ -26,7 +26,7 @@ from distributed import init_processes
 from metrics import Score, calibrate, evaluate, score
 from model import model_cost
 from utils import InputError, printable
-from weights import find_checkpoint, load_model, normalizer
+from weights import find_checkpoint, load_model
 
 NUM_MISTAKES = 24  # in their figure
 
@@ -157,7 +157,7 @@ def classify(
 ) -> Tensor:
     """Logits of the test images, (N, C), normalised by the mean and std in the metadata."""
     images = data.test.images
-    normalize = normalizer(info, images.device)
+    normalize = utils.normalizer(info["mean"], info["std"], images.device)
     return evaluate(model.to(images.device), images, normalize, flip_tta)
 
 

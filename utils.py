@@ -12,13 +12,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
+from torch import Tensor
 
 IMAGE_SIZE = 32  # pixels, both sides
 TEMPORARY = ".tmp-"  # how the name of what is being written begins
@@ -231,6 +232,18 @@ def part_of(config: object, kind: type) -> object:
 def from_json(kind: type, values: dict[str, object]) -> object:
     """The dataclass `kind` of what JSON made of its fields, which has no tuples."""
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def normalizer(
+    mean: Sequence[float], std: Sequence[float], device: torch.device
+) -> Callable[[Tensor], Tensor]:
+    """What makes uint8 images, (N, 3, H, W), float32 of about zero mean and unit variance.
+
+    `mean` and `std` are per channel, of images scaled to [0, 1].
+    """
+    # Tensors made once, not in every step.
+    mean, std = (torch.tensor(value, device=device)[:, None, None] for value in (mean, std))
+    return lambda images: (images / 255 - mean) / std
 
 
 # ---------------------------------------------------------------- seeds and provenance

@@ -6,7 +6,6 @@ model.py and utils.py.
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -105,12 +104,6 @@ def load_model(path: str | Path) -> tuple[ResNet, dict[str, object]]:
             " name a model.safetensors that train.py wrote"
         ) from None
     return model.float().eval(), metadata
-
-
-def normalizer(info: dict[str, object], device: torch.device) -> Callable[[Tensor], Tensor]:
-    """What turns uint8 images, (N, 3, 32, 32), into what the network of this metadata takes."""
-    mean, std = (torch.tensor(info[name], device=device)[:, None, None] for name in ("mean", "std"))
-    return lambda images: (images / 255 - mean) / std
 
 
 def find_checkpoint(path: Path) -> Path:

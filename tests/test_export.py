@@ -35,9 +35,8 @@ def exported(demo, tmp_path_factory):
 
 
 def open_file(kind, folder):
-    suffix = kind.split("-")[0]
-    content = Path(folder, f"demo{kind.removeprefix(suffix)}.{suffix}").read_bytes()
-    return (export.open_onnx if suffix == "onnx" else export.open_pte)(content, 1), content
+    content = Path(folder, export.file_name("demo", kind)).read_bytes()
+    return (export.open_onnx if kind.startswith("onnx") else export.open_pte)(content, 1), content
 
 
 @pytest.mark.parametrize("kind", FORMATS)

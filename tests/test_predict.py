@@ -20,8 +20,8 @@ import predict
 from data import load_dataset
 from metrics import calibrate, evaluate, fit_temperature
 from train import train
-from utils import InputError, read_csv
-from weights import load_model, normalizer, save_model
+from utils import InputError, normalizer, read_csv
+from weights import load_model, save_model
 
 RNG = np.random.default_rng(0)
 # Smooth, so that what JPEG and the like lose does not matter: (60, 90, 3), no two corners alike.
@@ -249,7 +249,7 @@ def test_answers_are_those_of_the_network(checkpoint, monkeypatch, capsys):
     for i, one in enumerate(pixels):
         Image.fromarray(one).save(f"{i}.png")
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    x = normalizer(info, torch.device("cpu"))(images)
+    x = normalizer(info["mean"], info["std"], torch.device("cpu"))(images)
     for options, logits in (([], model(x)), (["--tta"], (model(x) + model(x.flip(-1))) / 2)):
         values, classes = logits.softmax(1).topk(3)
         line = ["*.png", "--top", "3", "--checkpoint", checkpoint, "--batch-size", "3", *options]
