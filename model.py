@@ -245,12 +245,9 @@ def model_cost(architecture: Architecture) -> ModelCost:
     """
     with torch.device("meta"):
         model = ResNet(architecture)
-        image = torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(image)
     return ModelCost(
         num_params=count_parameters(model),
-        macs=counter.get_total_flops() // 2,
+        macs=count_macs(model),
         # A batch of two less a batch of one: what does not grow with the batch cancels out.
         activation_bytes=saved_bytes(model, 2) - saved_bytes(model, 1),
     )
@@ -259,6 +256,14 @@ def model_cost(architecture: Architecture) -> ModelCost:
 def count_parameters(model: nn.Module) -> int:
     """Number of parameters, those of a frozen stem included."""
     return sum(p.numel() for p in model.parameters())
+
+
+def count_macs(model: nn.Module) -> int:
+    """Multiply-accumulates of an image's forward pass, of a network on the meta device."""
+    image = torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(image)
+    return counter.get_total_flops() // 2
 
 
 def saved_bytes(model: nn.Module, batch_size: int) -> int:

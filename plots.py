@@ -4,10 +4,12 @@ Made without pyplot, so that no window system, global state or backend is touche
 README shows is drawn by studies/figures.py.
 """
 
+import textwrap
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -22,6 +24,7 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 EFFECTS = (  # the figures of a search
     "num_block_inplane_effects.png",
     "hyperparameters_effects.png",
+    "choices.png",
     "accuracy_and_cost.png",
     "importance.png",
 )
@@ -46,6 +49,7 @@ CHOICES = {
     "dropout": "dropout in blocks",
     "classifier_dropout": "dropout before classifier",
 }
+COSTS = {"num_params": "parameters, millions", "macs": "MACs per image, millions"}
 
 
 def save(figure: Figure, path: str | Path) -> None:
@@ -155,7 +159,7 @@ def effects(rows: list[dict[str, object]], directory: str | Path, caption: str) 
     rows = [with_derived(row) for row in rows if row["early_accuracy"] is not None]
     if len(rows) < MIN_TRIALS:
         return []
-    draws = (blocks_and_channels, hyperparameters, accuracy_and_cost, importance)
+    draws = (blocks_and_channels, parallel_coordinates, choices, accuracy_and_cost, importance)
     paths = [Path(directory, name) for name in EFFECTS]
     for draw, path in zip(draws, paths, strict=True):
         draw(rows, path, caption)
@@ -223,7 +227,83 @@ def largest_c1(num_blocks: tuple[int, ...], width: int) -> float:
     return max(np.roots(np.polyfit((1, 2, 3), three, 2) - (0, 0, MAX_PARAMS)))
 
 
-def hyperparameters(rows: list[dict[str, object]], path: str | Path, caption: str) -> None:
+def parallel_coordinates(rows: list[dict[str, object]], path: str | Path, caption: str) -> None:
+    """Every trial as a line through its choices and costs, to its accuracy on the right."""
+    shown = CHOICES | COSTS | {"early_accuracy": "accuracy, %"}
+    columns = {name: [row[name] for row in rows] for name in shown if name in rows[0]}
+    columns = {name: values for name, values in columns.items() if len(set(values)) > 1}
+    columns.pop("odd", None)  # the blocks tell it
+    order, is_flipped = side_by_side(columns)
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    figure.suptitle(f"Every trial's choices and its validation accuracy; {caption}", fontsize=11)
+    axes = figure.subplots()
+    heights = [
+        draw_axis(axes, place, name, columns[name], is_flipped[name])
+        for place, name in enumerate(order)
+    ]
+    accuracy = np.array(columns["early_accuracy"])
+    from_worst = np.argsort(accuracy)  # the best lie on top, and are dark, for the page is white
+    drawn = LineCollection(
+        [np.column_stack([range(len(order)), line]) for line in np.array(heights).T[from_worst]],
+        cmap="viridis_r", array=accuracy[from_worst], linewidths=[1.2] * (len(rows) - 1) + [3],
+        alpha=0.75,
+    )  # fmt: skip
+    axes.add_collection(drawn)
+    axes.set(xlim=(-0.1, len(order) - 0.7), ylim=(-0.06, 1.06), yticks=[])
+    axes.set_xticks(range(len(order)), [textwrap.fill(shown[n], 11) for n in order], fontsize=7)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(drawn, ax=axes, label="validation accuracy, %; the best one is thick")
+    save(figure, path)
+
+
+def draw_axis(axes: Axes, x: float, name: str, values: list, is_flipped: bool) -> np.ndarray:
+    """Draw an upright axis with its marks, from 0 to 1; returns where on it the values lie."""
+    levels = sorted(set(values))
+    numbers = {level: place for place, level in enumerate(levels)}
+    if not isinstance(levels[0], str):
+        scale = np.log if name in (*LOGARITHMIC, *COSTS) else float
+        numbers = {level: scale(level) for level in levels}
+    low, high = numbers[levels[0]], numbers[levels[-1]]
+    heights = {level: abs(is_flipped - (n - low) / (high - low)) for level, n in numbers.items()}
+    is_discrete = len(levels) <= MAX_LEVELS
+    axes.axvline(x, color="black", linewidth=0.8)
+    for level in levels if is_discrete else (levels[0], levels[len(levels) // 2], levels[-1]):
+        number = level / 1e6 if name in COSTS else level
+        text = number.replace("_", "\n") if isinstance(number, str) else f"{number:.3g}"
+        axes.annotate(
+            text, (x, heights[level]), (3, 0), textcoords="offset points", va="center",
+            fontsize=8, zorder=5, bbox={"facecolor": "white", "alpha": 0.7, "pad": 0.5, "lw": 0},
+        )  # fmt: skip
+    # Trials that share a value lie a little apart, so that they can be counted.
+    jitter = np.random.default_rng(0).uniform(-0.025, 0.025, len(values)) * is_discrete
+    return np.array([heights[value] for value in values]) + jitter
+
+
+def side_by_side(columns: dict[str, list]) -> tuple[list[str], dict[str, bool]]:
+    """An order of columns that ends with the last one, and which to turn upside down.
+
+    So few lines cross: left of each column stands the one of the others whose rank correlation
+    with it is strongest, turned if it is negative.
+    """
+    from scipy.stats import spearmanr  # here: it takes most of a second to load
+
+    ranks = {
+        name: [sorted(set(values)).index(value) for value in values]
+        for name, values in columns.items()
+    }
+    *left, last = columns
+    order, is_flipped = [last], {last: False}
+    while left:
+        rho = {name: spearmanr(ranks[name], ranks[order[0]]).statistic for name in left}
+        nearest = max(left, key=lambda name: abs(rho[name]))
+        is_flipped[nearest] = is_flipped[order[0]] != (rho[nearest] < 0)
+        order.insert(0, nearest)
+        left.remove(nearest)
+    return order, is_flipped
+
+
+def choices(rows: list[dict[str, object]], path: str | Path, caption: str) -> None:
     """Accuracy over each choice: every trial, and the mean or trend with its 95% interval."""
     figure = Figure(figsize=(10, 10), layout="constrained")
     figure.suptitle(f"Validation accuracy over each choice; {caption}", fontsize=11)
@@ -302,8 +382,7 @@ def accuracy_and_cost(rows: list[dict[str, object]], path: str | Path, caption: 
     """Accuracy over parameters and over MACs, with the Pareto front of the trials."""
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     figure.suptitle(f"Validation accuracy and cost; {caption}", fontsize=11)
-    names = {"num_params": "parameters, millions", "macs": "MACs per image, millions"}
-    for axes, (name, label) in zip(figure.subplots(1, 2, sharey=True), names.items(), strict=True):
+    for axes, (name, label) in zip(figure.subplots(1, 2, sharey=True), COSTS.items(), strict=True):
         cost = np.array([row[name] for row in rows]) / 1e6
         accuracy = np.array([row["early_accuracy"] for row in rows])
         front = pareto_front(cost, accuracy)

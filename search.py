@@ -188,7 +188,7 @@ class Monitor(tune.Callback, tune.Stopper):
         """Hear SIGUSR1 too; begin the bar of trials, shown where the output is a terminal."""
         with contextlib.suppress(AttributeError, ValueError):  # on Windows, or in a thread
             signal.signal(signal.SIGUSR1, signal.getsignal(signal.SIGINT))  # Ray Tune has its own
-        print("trial  status    accuracy  epochs  params  blocks", flush=True)
+        print("trial  status    accuracy  epochs  params   MACs  blocks", flush=True)
         self.bar = tqdm(
             total=self.trials.search.num_samples,
             initial=len(self.ended),
@@ -246,8 +246,8 @@ class Monitor(tune.Callback, tune.Stopper):
         accuracy = f"{row[METRIC]:.2f}%" if row[METRIC] is not None else ""
         drawn = ""
         if row.get("sample"):
-            drawn = f"{row['num_params'] / 1e6:5.2f}M  [{row['num_blocks']}] C1 {row['c1']}, lr"
-            drawn += f" {self.trials.config(row).lr:.2g}"
+            drawn = f"{row['num_params'] / 1e6:5.2f}M  {row['macs'] / 1e6:4.0f}M  "
+            drawn += f"[{row['num_blocks']}] C1 {row['c1']}"
         error = f"  {row['error']}" if failed else ""
         start = f"{row['trial']:>5}  {row['status']:9} {accuracy:>8}  {row['epochs']:>6}"
         self.bar.write(f"{start}  {drawn}{error}")

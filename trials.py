@@ -17,10 +17,12 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
+import torch
+
 import utils
 from checkpoint import PREVIOUS, load_run
 from config import CHECKPOINTS, PRESETS, Config, check_config, check_resumable
-from model import check_budget, feature_size, model_cost
+from model import MAX_PARAMS, ResNet, check_budget, count_macs, feature_size, model_cost
 from utils import InputError, Range, check_fields, check_integer, first_line
 
 
@@ -31,8 +33,9 @@ class LogUniform(NamedTuple):
     high: float
 
 
-# What is drawn, each value as likely as the others. Of num_blocks, conv_kernel and skip_kernel one
-# is drawn for every stage. Any further constant of config.py can be added under its name.
+# What is drawn: the paper's choices, each value as likely as the others. Of num_blocks, conv_kernel
+# and skip_kernel one is drawn for every stage. Any further constant of config.py can be added under
+# its name: "lr": LogUniform(0.01, 1.0), or with one value for all: "optimizer": ("muon",).
 SPACE = {
     "num_stages": (2, 3, 4),
     "same_blocks": (True, False),  # as many in all stages, or not
@@ -42,12 +45,6 @@ SPACE = {
     "conv_kernel": (1, 3, 5),
     "skip_kernel": (1, 3),
     "pooled_size": (1, 2, 4),  # side of the pooled feature map; the pool kernel follows from it
-    "dropout": (0.0, 0.1, 0.2, 0.3),
-    "classifier_dropout": (0.0, 0.1, 0.2, 0.3),
-    "lr": LogUniform(1e-4, 1.0),
-    "batch_size": (32, 64, 128, 256),
-    "optimizer": ("sgd", "muon"),
-    "schedule": ("cosine", "cosine_restarts", "linear"),
 }
 RESTARTS = 2  # cosines in a training with the schedule cosine_restarts
 MAX_REJECTED = 2000  # samples in a row
@@ -81,7 +78,11 @@ class Search:
     algorithm: Literal["random", "optuna"] = "random"
     """Draw independently, or by Optuna's TPE, which learns from the trials that ended."""
     min_params: Annotated[int, Range(0)] = 0
-    """Refuse a network with fewer parameters too, to stay close under the budget."""
+    """Refuse a network with fewer parameters than this, to compare those of a size."""
+    max_params: Annotated[int, Range(1)] = MAX_PARAMS
+    """Refuse a network with more."""
+    max_macs: Annotated[int, Range(0)] = 0
+    """Refuse a network that multiplies and adds more often for an image; 0 for no limit."""
     val_size: Annotated[int, Range(0)] = 0
     """Training images that are set aside to choose by; 0 for 5,000 (of the digits, 200)."""
     train_size: Annotated[int, Range(0)] = 0
@@ -110,6 +111,7 @@ def check_search(search: Search) -> None:
     """Raise InputError, naming the field, if this cannot be searched."""
     check_fields(search)
     check_integer("grace_epochs", search.grace_epochs, 0, search.epochs)
+    check_integer("min_params", search.min_params, 0, search.max_params)
     if "/" in search.name:
         raise InputError(f"name: {search.name!r} must be a plain folder name; leave out the /")
     if search.algorithm == "optuna":
@@ -140,8 +142,8 @@ def check_space(space: Space) -> None:
 
 def base_config(search: Search, preset: str) -> Config:
     """What all trials have in common."""
-    shared = ("name", "epochs", "val_size", "train_size", "seed", "data_dir", "download", "wandb")
-    options = {name: getattr(search, name) for name in shared}
+    shared = "name epochs val_size train_size max_params seed data_dir download wandb"
+    options = {name: getattr(search, name) for name in shared.split()}
     restart_epochs = max(1, search.epochs // RESTARTS)
     return replace(PRESETS[preset], restart_epochs=restart_epochs, **options)
 
@@ -236,19 +238,29 @@ def draw_trial(
     for rejected, sample in enumerate(itertools.islice(drawn, MAX_REJECTED)):
         config = configuration(sample, base)
         try:
-            num_params = check_budget(config, config.max_params)
+            check_size(config, search)
         except InputError as error:
             reason = first_line(error)
             continue
-        if num_params >= search.min_params:
-            check_config(config)
-            return sample, rejected
-        reason = f"{num_params:,} parameters are too few"
+        check_config(config)
+        return sample, rejected
     raise InputError(
-        f"min_params: none of {MAX_REJECTED:,} samples has {search.min_params:,} to"
-        f" {base.max_params:,} parameters (the last one: {reason}); give fewer --min-params, or"
-        " widen SPACE in trials.py"
+        f"min_params: none of {MAX_REJECTED:,} samples is of the wanted size (the last one:"
+        f" {reason}); give fewer --min-params, more --max-params or --max-macs, or widen SPACE in"
+        " trials.py"
     )
+
+
+def check_size(config: Config, search: Search) -> None:
+    """Raise InputError if a network is too small or too large for this search."""
+    num_params = check_budget(config, search.max_params)
+    if num_params < search.min_params:
+        raise InputError(f"min_params: {num_params:,} parameters are too few")
+    if search.max_macs:
+        with torch.device("meta"):
+            macs = count_macs(ResNet(config))
+        if macs > search.max_macs:
+            raise InputError(f"max_macs: {macs:,} MACs are too many")
 
 
 # ---------------------------------------------------------------- the trials and their folders

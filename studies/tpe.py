@@ -18,10 +18,15 @@ from pathlib import Path
 
 import utils
 from metrics import Row
-from studies.search.run import run
-from trials import METRIC, SPACE, Search
+from studies.search import run as small_search
+from trials import METRIC, LogUniform, Search
 
-NARROWED = SPACE | {"num_blocks": range(1, 4), "c1": range(4, 13)}
+SPACE = small_search.NARROWED | {
+    "num_blocks": range(1, 4),
+    "c1": range(4, 13),
+    "lr": LogUniform(1e-4, 1.0),
+    "batch_size": (32, 64, 128, 256),
+}
 SEEDS, TRIALS = range(5), (10, 20, 40)
 ALGORITHMS = ("random", "optuna")
 
@@ -38,7 +43,7 @@ def searched(algorithm: str, seed: int) -> list[float]:
         val_size=800,
         seed=seed,
     )
-    rows = run(options, "demo", NARROWED)
+    rows = small_search.run(options, "demo", SPACE)
     return [row[METRIC] or 10.0 for row in rows]
 
 

@@ -17,9 +17,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 import utils
-from trials import ENDED, SPACE, Search, Trials, read_record, write_record
+from trials import ENDED, SPACE, LogUniform, Search, Trials, read_record, write_record
 
-TINY = SPACE | {"num_blocks": (1, 2), "c1": range(2, 5), "batch_size": (128, 256)}
+# With a recipe too: numbers, words and sizes that users may add.
+WIDER = SPACE | {
+    "dropout": (0.0, 0.1, 0.2, 0.3),
+    "lr": LogUniform(1e-4, 1.0),
+    "batch_size": (32, 64, 128, 256),
+    "optimizer": ("sgd", "muon"),
+    "schedule": ("cosine", "cosine_restarts", "linear"),
+}
+TINY = WIDER | {"num_blocks": (1, 2), "c1": range(2, 5), "batch_size": (128, 256)}
 SEARCH = Search(name="damaged", num_samples=6, epochs=2, grace_epochs=1, val_size=200)
 DESCRIBED = {"preset": "demo", "space": repr(TINY), **asdict(SEARCH)}
 

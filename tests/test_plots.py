@@ -192,11 +192,23 @@ def trials(number):
 
 def test_search_effects_show_every_trial(figures):
     rows = trials(30)
-    assert len(plots.effects(rows, "images", "30 trials")) == len(figures) == 4
-    depth, choices, cost, shares = figures
+    assert len(plots.effects(rows, "images", "30 trials")) == len(figures) == 5
+    depth, coordinates, choices, cost, shares = figures
     dots = [d for axes in depth.axes[:3] for d in axes.collections]
     shown = sorted(float(a) for dot in dots for a in dot.get_array())
     assert shown == pytest.approx(sorted(r["early_accuracy"] for r in rows[:-1]))
+    lines = coordinates.axes[0].collections[0]
+    assert sorted(lines.get_array()) == pytest.approx(shown)
+    names = [label.get_text() for label in coordinates.axes[0].get_xticklabels()]
+    assert names[-1] == "accuracy, %"
+    assert {"optimizer", "C1", "stages"} < set(names)
+    best = max(rows[:-1], key=lambda row: row["early_accuracy"])
+    span = np.ptp([np.log(row["lr"]) for row in rows])
+    from_low = (np.log(best["lr"]) - min(np.log(row["lr"]) for row in rows)) / span
+    best_line = lines.get_segments()[-1][:, 1]  # it lies on top
+    height = best_line[names.index("learning\nrate")]
+    assert min(abs(height - from_low), abs(height - 1 + from_low)) == pytest.approx(0)
+    assert best_line[-1] == 1
     panels = {axes.get_title(): axes for axes in choices.axes if axes.get_visible()}
     assert {"learning rate", "optimizer", "C1", "stages"} <= set(panels)
     assert "dropout in blocks" not in panels  # these trials have none
@@ -213,6 +225,15 @@ def test_search_effects_show_every_trial(figures):
     names = [label.get_text() for label in shares.axes[0].get_yticklabels()]
     assert names[-1] == "learning rate"  # the most important is on top
     assert "R² on held-out trials 0." in shares.axes[0].get_title()
+
+
+def test_axes_are_turned_where_lines_would_cross():
+    columns = {"noise": [1, 2, 4, 3], "less": [5, 4, 2, 1], "same": [1, 2, 3, 4]}
+    columns["accuracy"] = [6, 7, 8, 9]
+    order, is_flipped = plots.side_by_side(columns)
+    assert order[-1] == "accuracy"
+    assert order[0] == "noise"
+    assert [name for name in order if is_flipped[name]] == ["less"]
 
 
 def test_few_trials_make_no_figures(figures):

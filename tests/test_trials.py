@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Bomb
-from damaged_search import damage_rounds
+from damaged_search import TINY, WIDER, damage_rounds
 
 import utils
 from config import PRESETS, check_config, load_config
@@ -27,13 +27,10 @@ if not importlib.util.find_spec("ray"):  # not imported: search.py tells it firs
 import search as search_script
 from trials import SPACE, Search, Trials, configuration, draw_trial, random_samples, tpe_samples
 
-TINY = SPACE | {"num_blocks": (1, 2), "c1": range(2, 5), "batch_size": (128, 256)}
-
-
 # ---------------------------------------------------------------- what is drawn
 
 
-def found(space=SPACE, preset="demo", **options):
+def found(space=WIDER, preset="demo", **options):
     """The trials of a search that has not begun."""
     search = Search(name="tiny", **{"epochs": 2, "grace_epochs": 1, "val_size": 200} | options)
     return Trials(search, preset, space)
@@ -55,9 +52,9 @@ def test_trials_are_within_the_space_and_the_budget(algorithm):
         for name in ("num_blocks", "conv_kernel", "skip_kernel"):
             assert set(getattr(config, name)) <= set(SPACE[name])
             assert row[name] == " ".join(map(str, getattr(config, name)))
-        for name in ("c1", "width", "dropout", "classifier_dropout", "batch_size", "optimizer"):
+        for name in ("c1", "width", "dropout", "batch_size", "optimizer", "schedule"):
             assert row[name] == getattr(config, name)
-            assert row[name] in SPACE[name]
+            assert row[name] in WIDER[name]
         assert 1e-4 <= config.lr <= 1
         assert (row["epochs"], row["val_accuracy"]) == (0, None)
         rejected += row["rejected"]
@@ -77,7 +74,7 @@ def test_how_many_were_refused_is_a_function_of_the_number_too():
     trials = found(preset="tpsnet", min_params=2_000_000)
     seed = utils.derive_seed("search", 0, 5)
     row = trials.draw(5)
-    samples = random_samples(SPACE, seed)
+    samples = random_samples(WIDER, seed)
     before = [next(samples) for _ in range(row["rejected"])]
     assert next(samples) == row["sample"]
     assert before
@@ -86,8 +83,18 @@ def test_how_many_were_refused_is_a_function_of_the_number_too():
         assert not 2_000_000 <= built <= 5_000_000
 
 
+def test_limits_of_a_size_hold():
+    limits = {"min_params": 100_000, "max_params": 200_000, "max_macs": 20_000_000}
+    trials = found(SPACE, "tpsnet", **limits)
+    rows = [trials.draw(number) for number in range(1, 6)]
+    assert all(100_000 <= row["num_params"] <= 200_000 for row in rows)
+    assert all(row["macs"] <= 20_000_000 for row in rows)
+    unlimited = found(SPACE, "tpsnet", **limits | {"max_macs": 0})
+    assert any(unlimited.draw(number)["macs"] > 20_000_000 for number in range(1, 6))
+
+
 def test_learning_rates_are_log_uniform():
-    samples = random_samples(SPACE, 0)
+    samples = random_samples(WIDER, 0)
     lrs = np.array([next(samples)["lr"] for _ in range(400)])
     shares = np.histogram(np.log10(lrs), bins=[-4, -3, -2, -1, 0])[0] / 400
     assert shares == pytest.approx([0.25] * 4, abs=0.08)

@@ -415,6 +415,7 @@ def test_works_offline_after_the_first_visit(browser, photos, tmp_path):
 
 
 @pytest.mark.cifar10
+@pytest.mark.slow
 def test_all_test_images_get_the_classes_of_onnxruntime(page):
     """By the page's own path; two minutes."""
     test = load_dataset("cifar10", ROOT / "data", download=False).test

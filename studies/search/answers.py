@@ -22,9 +22,9 @@ import utils
 from config import Config
 from data import load_dataset
 from metrics import Row
-from studies.search.run import FOLDER
+from studies.search.run import FOLDER, NARROWED
 from train import train
-from trials import METRIC, SPACE, Search
+from trials import METRIC, Search
 from utils import InputError
 
 EVERY, LONGER = 5, 4
@@ -43,7 +43,7 @@ def load() -> tuple[str, Search, list[Row]]:
 def configuration(preset: str, options: Search, row: Row) -> Config:
     """How a trial was trained, but for LONGER times the epochs."""
     options = replace(options, epochs=LONGER * options.epochs)
-    drawn = {name: row[name] for name in SPACE if name not in trials.SHAPE}
+    drawn = {name: row[name] for name in NARROWED if name not in trials.SHAPE}
     for name in trials.PER_STAGE:
         drawn[name] = tuple(map(int, str(row[name]).split()))
     drawn |= {"pool_kernel": row["pool_kernel"], "name": f"longer-{row['trial']}"}
@@ -122,7 +122,7 @@ def with_interval(
 def answers() -> list[str]:
     """A line per question."""
     _, _, rows = load()
-    drops = [share for share in SPACE["dropout"] if share]
+    drops = [share for share in NARROWED["dropout"] if share]
     questions = {
         "3 stages against 2": ("num_stages", [3], [2]),
         "3 stages against 4": ("num_stages", [3], [4]),

@@ -28,8 +28,12 @@ from trials import SPACE, LogUniform, Search, Space
 NARROWED = SPACE | {
     "num_blocks": range(1, 8),
     "c1": range(8, 21),
+    "dropout": (0.0, 0.1, 0.2, 0.3),
+    "classifier_dropout": (0.0, 0.1, 0.2, 0.3),
     "lr": LogUniform(3e-3, 1.0),
     "batch_size": (32, 64, 128),
+    "optimizer": ("sgd", "muon"),
+    "schedule": ("cosine", "cosine_restarts", "linear"),
 }
 OPTIONS = Search(
     name="small", num_samples=40, epochs=4, grace_epochs=4, train_size=2000, val_size=1000
