@@ -1,0 +1,138 @@
+"""Which of the paper's choices win, among networks of about one cost and near where they end.
+
+    python -m studies.choices.run pilot     # two networks by four recipes: decides RECIPE
+    python -m studies.choices.run search    # 48 networks, drawn at random, all trained alike
+    python -m studies.choices.run longer    # every fifth of them, four times as long
+
+Each goes on where it was cut off, and writes what it found to studies/choices. Networks have
+100,000 to 200,000 parameters and at most 20 million multiply-accumulates for an image, so that wide
+or deep is a fair question. All are compared on 5,000 validation images; test images are not read.
+"""
+
+import script
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import search
+import utils
+from config import CHECKPOINTS, PRESETS, Config
+from data import load_dataset
+from metrics import Row
+from train import train
+from trials import METRIC, PER_STAGE, SPACE, Search, base_config
+from utils import DivergenceError, InputError
+
+FOLDER = Path("studies/choices")
+# What the trials share beside the paper's recipe: `fast`'s augmentation without Cutout, for so few
+# epochs, and its number of steps.
+COMMON = {
+    "padding_mode": "reflect",
+    "rotation_degrees": 0.0,
+    "flip": "alternating",
+    "batch_size": 256,
+    "label_smoothing": 0.1,
+}
+RECIPES = {
+    "muon 0.05": {"optimizer": "muon", "lr": 0.05, "momentum": 0.6},
+    "muon 0.15": {"optimizer": "muon", "lr": 0.15, "momentum": 0.6},
+    "sgd 0.1": {"optimizer": "sgd", "lr": 0.1, "nesterov": True},
+    "sgd 0.3": {"optimizer": "sgd", "lr": 0.3, "nesterov": True},
+}
+RECIPE = "muon 0.15"
+NETWORKS = {"wide": ((1, 1, 1), 20), "deep": ((5, 5, 5), 8)}  # of the pilot: blocks, and C1
+PILOT_EPOCHS = 4
+EVERY, LONGER = 5, 4
+
+DRAWN = SPACE | {"num_blocks": range(1, 10), "c1": range(6, 33)}
+OPTIONS = Search(
+    name="choices",
+    num_samples=48,
+    epochs=12,
+    grace_epochs=12,
+    min_params=100_000,
+    max_params=200_000,
+    max_macs=20_000_000,
+    val_size=5000,
+)
+
+
+def fixed(recipe: str) -> dict[str, object]:
+    """The constants that all trials of a recipe share."""
+    return COMMON | RECIPES[recipe]
+
+
+def pilot() -> None:
+    """Train two networks by each recipe, with the whole schedule in a third of the epochs."""
+    base = replace(PRESETS["tpsnet"], epochs=PILOT_EPOCHS, val_size=OPTIONS.val_size)
+    runs = [
+        (
+            {"recipe": recipe, "network": network},
+            replace(
+                base,
+                **fixed(recipe),
+                num_blocks=num_blocks,
+                c1=c1,
+                width=1,
+                name=f"choices-pilot/{network}-{recipe.replace(' ', '-')}",
+            ),
+        )
+        for recipe in RECIPES
+        for network, (num_blocks, c1) in NETWORKS.items()
+    ]
+    train_all(runs, FOLDER / "pilot.csv")
+
+
+def run_search() -> None:
+    """Start the search, or go on with it; copy what it found."""
+    space = DRAWN | {name: (value,) for name, value in fixed(RECIPE).items()}
+    preset, options = "tpsnet", OPTIONS
+    if (CHECKPOINTS / options.name).exists():
+        preset, options = search.load_search(Search(resume=options.name), space)
+    search.run_search(options, preset, space)
+    for name in ("search.json", "trials.csv", "best.json"):
+        shutil.copy(CHECKPOINTS / options.name / name, FOLDER)
+
+
+def longer() -> None:
+    """Train every fifth trial's network longer, from the most accurate to the least."""
+    rows = [row for row in utils.read_csv(FOLDER / "trials.csv") if row[METRIC] is not None]
+    rows = sorted(rows, key=lambda row: -row[METRIC])[::EVERY]
+    found = [({"trial": row["trial"], "short_accuracy": row[METRIC]}, again(row)) for row in rows]
+    train_all(found, FOLDER / "longer.csv")
+
+
+def again(row: Row) -> Config:
+    """The constants of a trial, from its row in trials.csv, for LONGER times the epochs."""
+    base = base_config(replace(OPTIONS, epochs=LONGER * OPTIONS.epochs), "tpsnet")
+    shape = {name: tuple(map(int, str(row[name]).split())) for name in PER_STAGE}
+    shape |= {name: row[name] for name in ("c1", "width", "pool_kernel")}
+    return replace(base, **fixed(RECIPE), **shape, name=f"choices-longer/{row['trial']:03d}")
+
+
+def train_all(runs: Iterable[tuple[Row, Config]], path: Path) -> None:
+    """Train each configuration, or go on with it; write its row with what it came to."""
+    found, data = [], None
+    for row, config in runs:
+        sizes = (config.val_size, config.download, config.train_size)
+        data = data or load_dataset(config.dataset, config.data_dir, *sizes, test=False)
+        try:
+            last = train(replace(config, wandb="disabled", resume=True), data)[0][-1]
+        except DivergenceError:
+            last = {"epoch": None, "val_accuracy": None}
+        found.append(row | {"epochs": last["epoch"], METRIC: last["val_accuracy"]})
+        utils.write_csv(path, found)
+
+
+def main(args: list[str]) -> None:
+    """Do one of the three."""
+    parts = {"pilot": pilot, "search": run_search, "longer": longer}
+    if len(args) != 1 or args[0] not in parts:
+        raise InputError(f"arguments: {' '.join(args)!r} is not one of {', '.join(parts)}")
+    parts[args[0]]()
+
+
+if __name__ == "__main__":
+    script.run_script(main)
