@@ -25,7 +25,6 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from utils import IMAGE_SIZE, InputError, Range, check_fields, part_of
 
@@ -259,11 +258,22 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def count_macs(model: nn.Module) -> int:
-    """Multiply-accumulates of an image's forward pass, of a network on the meta device."""
-    image = torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE, device="meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(image)
-    return counter.get_total_flops() // 2
+    """Multiply-accumulates of an image's forward pass, of a network on the meta device.
+
+    Not by torch.utils.flop_counter, which imports Triton where that is installed: too slow for -h.
+    """
+    macs = []
+
+    def count(layer: nn.Module, _inputs: tuple[Tensor], output: Tensor) -> None:
+        macs.append(output.numel() * layer.weight[0].numel())
+
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    handles = [layer.register_forward_hook(count) for layer in layers]
+    with torch.no_grad():
+        model.eval()(torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE, device="meta"))
+    for handle in handles:
+        handle.remove()
+    return sum(macs)
 
 
 def saved_bytes(model: nn.Module, batch_size: int) -> int:

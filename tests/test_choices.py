@@ -1,8 +1,10 @@
 """The study of the paper's choices: what it trains, and that each part goes on with the others'."""
 
 import importlib.util
+import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 import utils
@@ -11,6 +13,7 @@ from model import model_cost
 
 if not importlib.util.find_spec("ray"):  # not imported: search.py tells it first where to listen
     pytest.skip("Ray is not installed", allow_module_level=True)
+from studies.choices import answers
 from studies.choices import run as choices
 from trials import Trials
 
@@ -59,3 +62,53 @@ def test_what_diverges_leaves_a_row_and_the_rest_goes_on(tmp_path):
     assert first == {"trial": 1, "epochs": None, "val_accuracy": None}
     assert (second["trial"], second["epochs"]) == (2, 1)
     assert 0 < second["val_accuracy"] < 100
+
+
+def made(**effects):
+    """A record of 60 trials whose accuracies are 80% and `effects` per unit; every fifth longer."""
+    rng = np.random.default_rng(2)
+    rows, longer = [], []
+    for number in range(1, 61):
+        stages, blocks = int(rng.integers(3, 5)), int(rng.integers(1, 10))
+        kernels = rng.choice([1, 3, 5], stages)
+        row = {
+            "trial": number, "num_stages": stages, "num_blocks": " ".join([str(blocks)] * stages),
+            "conv_kernel": " ".join(map(str, kernels)), "skip_kernel": " ".join("1" * stages),
+            "c1": int(rng.integers(6, 33)), "width": 1, "num_params": number, "macs": 10**7,
+            "pooled_size": int(rng.choice([1, 2, 4])),
+        }  # fmt: skip
+        values = {"depth": blocks, "odd": blocks % 2, "threes": np.mean(kernels == 3)}
+        accuracy = 80 + rng.normal() + sum(effects[name] * values[name] for name in effects)
+        rows.append(row | {"val_accuracy": accuracy, "early_accuracy": accuracy})
+        if number % 5 == 0:
+            longer.append({"trial": number, "val_accuracy": accuracy + blocks})
+    answers.FOLDER.mkdir(parents=True)
+    utils.write_csv(answers.FOLDER / "trials.csv", rows)
+    utils.write_csv(answers.FOLDER / "longer.csv", longer)
+
+
+def asked(question):
+    """A question's number, and the ends of its interval."""
+    line = dict(line.split(": ", 1) for line in answers.answers())[question]
+    return [float(number) for number in re.findall(r"[+-][\d.]+", line)]
+
+
+def test_answers_find_what_is_there():
+    made(depth=-1, odd=3, threes=5)
+    found, low, high = asked("odd blocks in all stages against the rest")
+    assert low < found < high
+    assert found == pytest.approx(3, abs=1.5)
+    assert asked("rank correlation with blocks per stage")[2] < 0
+    assert asked("rank correlation with the share of 3x3 convolutions")[1] > 0
+    assert asked("rank correlation of what longer training adds with blocks per stage")[1] > 0.8
+
+
+def test_answers_know_that_they_do_not_know():
+    made()
+    questions = ["3 stages against 4", "pooled to 1x1 against 2x2 and 4x4"]
+    questions += [f"rank correlation with {x}" for x in ("blocks per stage", "parameters")]
+    ends = [asked(question)[1:] for question in questions]
+    assert sum(low < 0 < high for low, high in ends) >= 3  # one interval in twenty misses
+    lines = "\n".join(answers.answers())
+    assert "3 stages against 2: no trials to compare" in lines
+    assert "rank correlation with the skip kernel: all trials are alike" in lines

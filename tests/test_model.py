@@ -8,6 +8,7 @@ import torch
 from conftest import Bomb
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import model
 from config import PRESETS
@@ -171,6 +172,17 @@ def test_cost_by_hand():
     # the block; its sum, after ReLU; and the pooled features
     maps = 3 + 2 + 2 + 2 + 2 + 2 + 2
     assert cost.activation_bytes == 4 * (maps * 32 * 32 + 2 * 16)
+
+
+@pytest.mark.parametrize("preset", ["tpsnet", "fast"])
+def test_macs_are_half_of_what_torch_counts_as_operations(preset):
+    with torch.device("meta"):
+        network, image = ResNet(part_of(PRESETS[preset], Architecture)), torch.empty(1, 3, 32, 32)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network.eval()(image)
+    assert model.count_macs(network) == counter.get_total_flops() // 2
+    network(image)  # and no hook is left
+    assert not any(layer._forward_hooks for layer in network.modules())
 
 
 def test_activation_memory_is_what_a_real_step_keeps():

@@ -303,19 +303,25 @@ def test_temperature_makes_probabilities_come_true():
     assert 0.05 <= always_right < 0.5  # the lower the better, with no end
 
 
-def test_stdin_pipes_globs_and_folders_name_the_same_picture(checkpoint, tmp_path):
+def test_stdin_pipes_globs_and_folders_name_the_same_picture(
+    checkpoint, tmp_path, monkeypatch, capsys
+):
     (tmp_path / "deep" / "er").mkdir(parents=True)
     path = tmp_path / "deep" / "er" / "a b.png"
     Image.fromarray(PHOTO).save(path)
+    monkeypatch.chdir(tmp_path)
     line = command("predict.py", "--checkpoint", checkpoint)
-    options = {"capture_output": True, "cwd": tmp_path}
     told = []
-    for source in ("-", "/dev/stdin", "deep", "deep/**/*.png", "deep/er/a b.png"):
+    for source in ("-", "/dev/stdin"):
         if source == "/dev/stdin" and not os.path.exists(source):  # noqa: PTH110
             continue
-        result = subprocess.run([*line, source], input=path.read_bytes(), **options)
+        result = subprocess.run([*line, source], input=path.read_bytes(), capture_output=True)
         assert result.returncode == 0, result.stderr
         told.append(result.stdout.decode().strip().rpartition(": ")[2])
+    for source in ("deep", "deep/**/*.png", "deep/er/a b.png"):
+        line = [source, "--checkpoint", checkpoint]
+        assert run_main(predict.main, *line, monkeypatch=monkeypatch) == 0
+        told.append(capsys.readouterr().out.strip().rpartition(": ")[2])
     assert len(set(told)) == 1
 
 
