@@ -94,7 +94,7 @@ def asked(question):
 
 
 def test_answers_find_what_is_there():
-    made(depth=-1, odd=3, threes=5)
+    made(depth=-1, odd=3, threes=12)
     found, low, high = asked("odd blocks in all stages against the rest")
     assert low < found < high
     assert found == pytest.approx(3, abs=1.5)
