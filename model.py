@@ -10,10 +10,13 @@ channel multiplier, convolution, skip and pooling kernels). The named networks, 
 | model1 | (3, 3, 3)    | 34 |  4,865,580 |
 | model2 | (7, 7, 7)    | 22 |  4,971,680 |
 | fast   | (1, 1, 1)    | 24 |  4,342,042 |
+| small  | (1, 1, 1)    | 24 |  1,092,922 |
+| tiny   | (1, 1, 1)    | 24 |    277,066 |
 | best   | (3, 3, 3)    | 64 |  4,327,754 |
 
-Their first stage is C1 or twice as wide (`best`, and four times `fast`). `fast` differs in more
-than size: its stem is a frozen whitening convolution, and its stages begin with pooling.
+Their first stage is twice as wide as C1; in `fast` four times, in `tiny` and `best` as wide.
+`fast`, `small` and `tiny` differ in more than size: their stem is a frozen whitening convolution,
+and their stages begin with pooling.
 
 `Architecture` holds the choices, and says what each one means. `model_cost` computes parameters,
 multiply-accumulates and activation memory of any architecture without allocating it.
