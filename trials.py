@@ -244,10 +244,11 @@ def draw_trial(
             continue
         check_config(config)
         return sample, rejected
+    cost = f" and up to {search.max_macs:,} MACs" if search.max_macs else ""
     raise InputError(
-        f"min_params: none of {MAX_REJECTED:,} samples is of the wanted size (the last one:"
-        f" {reason}); give fewer --min-params, more --max-params or --max-macs, or widen SPACE in"
-        " trials.py"
+        f"min_params: none of {MAX_REJECTED:,} samples has {search.min_params:,} to"
+        f" {search.max_params:,} parameters{cost} (the last one: {reason}); give wider limits, or"
+        " widen SPACE in trials.py"
     )
 
 

@@ -40,7 +40,6 @@ BAD_LINES = [
     ("demo --val-size 5000", ["val_size", "5000", "or 10 to 1,428"]),
     ("demo --train-size 50 --val-size 200", ["batch_size", "64", "50 training images"]),
     ("demo --min-params 9 --max-params 8", ["min_params", "9", "8"]),
-    ("demo --max-macs 99", ["max_macs", "99", "2,000 samples"]),
     ("demo --cpus-per-trial 0", ["cpus_per_trial", "0", "from 0.01"]),
     ("demo --gpus-per-trial -1", ["gpus_per_trial", "-1", "from 0"]),
     ("demo --max-minutes nan", ["max_minutes", "nan", "from 0"]),

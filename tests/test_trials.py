@@ -84,13 +84,24 @@ def test_how_many_were_refused_is_a_function_of_the_number_too():
 
 
 def test_limits_of_a_size_hold():
-    limits = {"min_params": 100_000, "max_params": 200_000, "max_macs": 20_000_000}
-    trials = found(SPACE, "tpsnet", **limits)
+    limits = {"min_params": 10_000, "max_params": 20_000, "max_macs": 2_000_000}
+    space = SPACE | {"num_blocks": (1, 2), "c1": range(2, 9)}
+    trials = found(space, "tpsnet", **limits)
     rows = [trials.draw(number) for number in range(1, 6)]
-    assert all(100_000 <= row["num_params"] <= 200_000 for row in rows)
-    assert all(row["macs"] <= 20_000_000 for row in rows)
-    unlimited = found(SPACE, "tpsnet", **limits | {"max_macs": 0})
-    assert any(unlimited.draw(number)["macs"] > 20_000_000 for number in range(1, 6))
+    assert all(10_000 <= row["num_params"] <= 20_000 for row in rows)
+    assert all(row["macs"] <= 2_000_000 for row in rows)
+    unlimited = found(space, "tpsnet", **limits | {"max_macs": 0})
+    assert any(unlimited.draw(number)["macs"] > 2_000_000 for number in range(1, 6))
+
+
+def test_no_network_of_the_wanted_size_is_told_in_one_line(monkeypatch):
+    monkeypatch.setattr("trials.MAX_REJECTED", 5)
+    trials = found(SPACE | {"num_blocks": (1, 2), "c1": range(2, 9)}, max_macs=99)
+    words = (
+        r"none of 5 samples has 0 to 5,000,000 parameters and up to 99 MACs \(.*too many\); give"
+    )
+    with pytest.raises(utils.InputError, match=words):
+        trials.draw(1)
 
 
 def test_learning_rates_are_log_uniform():
