@@ -17,8 +17,10 @@ from torch import nn
 
 import plots
 import utils
-from model import ResNet, pooled_size
+from config import CHECKPOINTS
+from model import ResNet, model_cost, pooled_size
 from plots import BLUE, GREY, ORANGE
+from weights import load_model
 
 
 def architecture(model: ResNet, path: str | Path, title: str) -> None:
@@ -280,6 +282,59 @@ def beside_the_paper(
     plots.save(figure, path)
 
 
+def family(ours: list[dict], others: list[dict], path: str | Path) -> None:
+    """Test accuracy over parameters and over MACs: our released networks beside published ones.
+
+    Args:
+        ours: a row per network, with its name as `network`, `num_params`, `macs` and `accuracy`.
+        others: the same, and the `family` that each belongs to.
+    """
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    names = list(dict.fromkeys(row["family"] for row in others))
+    styles = {name: (GREY, marker, "--") for name, marker in zip(names, "Dsv^", strict=False)}
+    styles[names[0]] = (ORANGE, "D", "")
+    for axes, (cost, label) in zip(
+        figure.subplots(1, 2, sharey=True), plots.COSTS.items(), strict=True
+    ):
+        for name, (color, marker, line) in styles.items():
+            rows = [row for row in others if row["family"] == name]
+            axes.plot(
+                [row[cost] / 1e6 for row in rows], [row["accuracy"] for row in rows],
+                color=color, marker=marker, linestyle=line, linewidth=0.8, markersize=5, label=name,
+            )  # fmt: skip
+        rows = sorted(ours, key=lambda row: row[cost])
+        x, y = [row[cost] / 1e6 for row in rows], [row["accuracy"] for row in rows]
+        axes.plot(x, y, "o-", color=BLUE, label="this repository")
+        for row, *place in zip(rows, x, y, strict=True):
+            axes.annotate(
+                f"{row['network']} {row['accuracy']:.2f}", place, (0, 7), color=BLUE,
+                textcoords="offset points", ha="center", fontsize=9,
+            )  # fmt: skip
+        axes.set_xscale("log")
+        axes.margins(x=0.12, y=0.12)  # the names need it
+        low, high = axes.get_xlim()
+        ticks = [tick for tick in (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000) if low < tick < high]
+        axes.set_xticks(ticks, ticks)
+        axes.minorticks_off()
+        axes.set(xlabel=label)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+    figure.axes[0].set(ylabel="test accuracy on CIFAR-10, %")
+    figure.axes[0].legend(frameon=False, fontsize=8, loc="lower right")
+    plots.save(figure, path)
+
+
+def released() -> list[dict]:
+    """A row per released network for `family`, from what its model file says."""
+    rows = []
+    for path in sorted(CHECKPOINTS.glob("*.safetensors")):
+        model, info = load_model(path)
+        cost = model_cost(model.architecture)
+        figures = {"num_params": cost.num_params, "macs": cost.macs}
+        rows.append({"network": path.stem, "accuracy": info["accuracy"]["test"], **figures})
+    return rows
+
+
 def main(_args: list[str]) -> None:
     """Draw them all; the benchmark's only if there is a studies/benchmark.json."""
     images, studies = Path("images"), Path("studies")
@@ -291,6 +346,7 @@ def main(_args: list[str]) -> None:
     accuracy_over_time(*logs, epochs=300, published=94.84, path=images / "fast.png")
     logs = [utils.read_csv(studies / f"tpsnet/{name}.csv") for name in ("log", "paper")]
     beside_the_paper(*logs, images / "tpsnet.png")
+    family(released(), utils.read_csv(studies / "family.csv"), images / "family.png")
     options = json.loads((studies / "search/search.json").read_text(encoding="utf-8"))
     caption = "{num_samples} trials, {epochs} epochs of {train_size:,} images".format_map(options)
     plots.effects(utils.read_csv(studies / "search/trials.csv"), images, caption)

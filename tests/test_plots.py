@@ -8,8 +8,9 @@ from conftest import ROOT
 
 import plots
 import utils
+from config import PRESETS
 from metrics import Calibration, Score
-from model import Architecture, ResNet
+from model import Architecture, ResNet, model_cost
 from studies import figures as readme
 
 
@@ -123,6 +124,31 @@ def test_our_log_is_drawn_beside_the_paper_s(figures):
     assert [len(y) for y in loss] == [len(y) for y in accuracy] == [300, 2]
     assert (loss[0][0], list(loss[1])) == (pytest.approx(1.7158, abs=1e-4), [1.7, 1.2])
     assert (accuracy[0][9], list(accuracy[1])) == (pytest.approx(84.48, abs=0.01), [37, 57])
+
+
+def test_family_stands_beside_published_networks(figures):
+    others = utils.read_csv(ROOT / "studies/family.csv")
+    ours = [
+        {"network": name, "num_params": n, "macs": 50 * n, "accuracy": accuracy}
+        for name, n, accuracy in (("large", 4_000_000, 95.0), ("small", 300_000, 91.0))
+    ]
+    readme.family(ours, others, "family.png")
+    for axes, cost in zip(figures[0].axes, ("num_params", "macs"), strict=True):
+        lines = {line.get_label(): line for line in axes.lines}
+        assert list(lines["this repository"].get_xdata()) == [o[cost] / 1e6 for o in ours[::-1]]
+        drawn = sum(len(line.get_xdata()) for line in axes.lines)
+        assert drawn == len(others) + len(ours)
+        assert [text.get_text() for text in axes.texts] == ["small 91.00", "large 95.00"]
+
+
+def test_published_networks_have_our_cost_where_they_are_ours():
+    rows = {
+        row["network"].split(":")[0]: row for row in utils.read_csv(ROOT / "studies/family.csv")
+    }
+    names = {"tpsnet": "TPSNet", "model1": "Model 1", "model2": "Model 2"}
+    for preset, name in names.items():
+        cost = model_cost(PRESETS[preset])
+        assert (rows[name]["num_params"], rows[name]["macs"]) == (cost.num_params, cost.macs)
 
 
 def test_output_shapes_leave_no_hook_behind():
