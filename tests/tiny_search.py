@@ -18,11 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import script
 
 import search
+from trials import LogUniform
 
 TINY = search.SPACE | {
     "num_blocks": (1, 2),
     "c1": range(2, 5),
     "conv_kernel": (1, 3),
+    "lr": LogUniform(1e-4, 1.0),
     "optimizer": ("sgd",),
     "batch_size": (128, 256),
 }
