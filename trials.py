@@ -82,7 +82,7 @@ class Search:
     max_params: Annotated[int, Range(1)] = MAX_PARAMS
     """Refuse a network with more."""
     max_macs: Annotated[int, Range(0)] = 0
-    """Refuse a network that multiplies and adds more often for an image; 0 for no limit."""
+    """Refuse a network with more multiply-accumulates per image (MACs); 0 for no limit."""
     val_size: Annotated[int, Range(0)] = 0
     """Training images that are set aside to choose by; 0 for 5,000 (of the digits, 200)."""
     train_size: Annotated[int, Range(0)] = 0

@@ -30,7 +30,10 @@ from weights import load_model, save_model
 # command line, and words that the error must contain
 BAD_LINES = [
     # presets and options
-    ("train.py resnet50", ["preset", "'resnet50'", "tpsnet, model1, model2, fast, best, demo"]),
+    (
+        "train.py resnet50",
+        ["preset", "'resnet50'", "tpsnet, model1, model2, fast, small, tiny, best, demo"],
+    ),
     ("train.py --learning-rate 0.1", ["--learning-rate", "-h"]),
     ("train.py --config", ["config", "''", "config.json"]),
     ("train.py --config nothing.json", ["config", "'nothing.json'", "best.json"]),

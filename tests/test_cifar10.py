@@ -47,6 +47,7 @@ def test_validation_split(cifar10):
     assert torch.equal(split.test.images, cifar10.test.images)
 
 
+@pytest.mark.slow
 def test_rehearsal_goes_through_every_stage_to_a_tested_checkpoint():
     line = "train.py model1 --num-blocks 1 1 1 --c1 4 --epochs 2 --max-steps-per-epoch 3 --name try"
     shared = ("--data-dir", DATA, "--no-download")
@@ -70,6 +71,7 @@ def test_released_weights_classify_as_well_as_they_claim(path, cifar10):
 
 
 @pytest.mark.parametrize("path", RELEASED, ids=lambda path: path.stem)
+@pytest.mark.slow
 def test_pictures_in_files_get_the_same_answers(path, cifar10):
     """A tenth of the test set as PNG files, classified by predict.py."""
     model, info = load_model(path)

@@ -314,6 +314,7 @@ def test_closed_streams(tiny, streams):
     assert ("test accuracy" in result.stdout) == (streams == "2>&-")
 
 
+@pytest.mark.slow
 def test_slurm_script_of_the_docs_requeues_itself(tmp_path):
     """With stand-ins for srun, which here warns of the end of the time, and scontrol."""
     page = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")

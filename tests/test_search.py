@@ -139,6 +139,7 @@ def test_without_optuna_one_line_tells_it(monkeypatch, capsys):
     check_refusal("demo --algorithm optuna", words, monkeypatch, capsys)
 
 
+@pytest.mark.slow
 def test_without_ray_or_one_of_its_extras_one_line_tells_it():
     names = ("ray", "pandas", "pyarrow", "requests", "fsspec")
     code = f"""
@@ -396,6 +397,7 @@ def test_second_ctrl_c_and_a_terminal_that_goes_leave_no_bar_and_no_process(name
         assert not any(b"trials 0/2" in line for line in last[-3:])
 
 
+@pytest.mark.slow
 def test_the_token_is_another_one_every_time(monkeypatch):
     for name in search_script.LOCAL:
         monkeypatch.delenv(name, raising=False)

@@ -387,6 +387,7 @@ def test_byte_order_marks_and_deep_json(ended, start, capsys):
         assert "trial 4 starts anew" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_damage_costs_one_trial_its_unfinished_work(reports, digits, monkeypatch, capsys):
     monkeypatch.setattr("checkpoint.EPOCH_SECONDS", 0)
 

@@ -176,6 +176,7 @@ def read_until(process, start):
     return time.monotonic()
 
 
+@pytest.mark.slow
 def test_silent_server_costs_a_finished_run_nothing_and_sync_sends_it_later():
     with online("once a run has started", TRAIN, *LINE, "2", seconds=3) as process:
         start = read_until(process, "test accuracy: ")  # printed, and flushed, before the wait
@@ -192,6 +193,7 @@ def test_silent_server_costs_a_finished_run_nothing_and_sync_sends_it_later():
             assert any(what in body for body in server.received)
 
 
+@pytest.mark.slow
 def test_signal_ends_the_wait_for_a_silent_server():
     with online("once a run has started", TRAIN, *LINE, "1", seconds=600) as process:
         read_until(process, "next: ")
