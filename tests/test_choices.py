@@ -18,14 +18,8 @@ from studies.choices import run as choices
 from trials import Trials
 
 
-@pytest.fixture
-def space():
-    recipe = choices.fixed(choices.RECIPE)
-    return choices.DRAWN | {name: (value,) for name, value in recipe.items()}
-
-
-def test_longer_training_differs_in_its_epochs_alone(space):
-    trials = Trials(choices.OPTIONS, "tpsnet", space)
+def test_longer_training_differs_in_its_epochs_alone():
+    trials = Trials(choices.OPTIONS, "tpsnet", choices.space())
     for number in (1, 2, 3):
         trials.rows[number] = trials.draw(number)
     trials.path.mkdir(parents=True)

@@ -16,13 +16,13 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-import search
 import utils
 from config import CHECKPOINTS, PRESETS, Config
 from data import load_dataset
 from metrics import Row
+from studies.search.run import run
 from train import train
-from trials import METRIC, PER_STAGE, SPACE, Search, base_config
+from trials import METRIC, PER_STAGE, SPACE, Search, Space, base_config
 from utils import DivergenceError, InputError
 
 FOLDER = Path("studies/choices")
@@ -64,6 +64,11 @@ def fixed(recipe: str) -> dict[str, object]:
     return COMMON | RECIPES[recipe]
 
 
+def space() -> Space:
+    """What the search draws, and the recipe that all its trials share."""
+    return DRAWN | {name: (value,) for name, value in fixed(RECIPE).items()}
+
+
 def pilot() -> None:
     """Train two networks by each recipe, with the whole schedule in a third of the epochs."""
     base = replace(PRESETS["tpsnet"], epochs=PILOT_EPOCHS, val_size=OPTIONS.val_size)
@@ -87,13 +92,9 @@ def pilot() -> None:
 
 def run_search() -> None:
     """Start the search, or go on with it; copy what it found."""
-    space = DRAWN | {name: (value,) for name, value in fixed(RECIPE).items()}
-    preset, options = "tpsnet", OPTIONS
-    if (CHECKPOINTS / options.name).exists():
-        preset, options = search.load_search(Search(resume=options.name), space)
-    search.run_search(options, preset, space)
+    run(OPTIONS, "tpsnet", space())
     for name in ("search.json", "trials.csv", "best.json"):
-        shutil.copy(CHECKPOINTS / options.name / name, FOLDER)
+        shutil.copy(CHECKPOINTS / OPTIONS.name / name, FOLDER)
 
 
 def longer() -> None:
