@@ -85,6 +85,8 @@ class Muon(torch.optim.Optimizer):
         """Update all filters from their gradients."""
         for group in self.param_groups:
             for weight in group["params"]:
+                if weight.grad is None:  # it is frozen
+                    continue
                 state = self.state[weight]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(weight)

@@ -151,6 +151,18 @@ def test_muon_turns_weights_of_constant_norm_along_nesterovs_momentum(monkeypatc
         torch.testing.assert_close(weight.detach(), expected)
 
 
+def test_muon_leaves_a_frozen_layer_as_it_is():
+    frozen, trained = (torch.nn.Parameter(torch.ones(2, 2, 1, 1)) for _ in range(2))
+    optimizer = optim.Muon([frozen, trained], lr=0.1, momentum=0.5)
+    for weight in (frozen, trained):
+        weight.grad = torch.eye(2)[..., None, None]
+    optimizer.step()
+    before, frozen.grad = frozen.detach().clone(), None  # as zero_grad leaves it
+    optimizer.step()
+    assert torch.equal(frozen, before)
+    assert not torch.equal(trained, before)
+
+
 def test_muon_gets_the_convolutions_and_adam_the_rest():
     model = ResNet(PRESETS["fast"])
     muon, adam = optim.make_optimizers(model, "muon", 0.1, 0.9, False, 0.0, 0.01)

@@ -1,0 +1,225 @@
+"""What else could make `fast` more accurate or cheaper: a lever at a time, two seeds.
+
+    python -m studies.levers    # 24 runs; goes on where it was cut off
+
+Validation accuracy at half the preset's width, a quarter of its cost, and its full number of steps,
+since what regularises changes sign with them. A lever that pays becomes a constant of config.py;
+what the others need in code is here alone. A row of levers.csv for each run.
+"""
+
+import script
+
+import contextlib
+import itertools
+import statistics
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+import learner
+import train
+import utils
+from augment import cut_out
+from config import PRESETS, Config
+from data import Dataset, load_dataset
+from learner import Batch, Learner, Proxy
+from metrics import Row
+from model import ResNet
+from utils import IMAGE_SIZE
+
+SEEDS = (0, 1)
+BASE = replace(PRESETS["fast"], width=2, val_size=5000, wandb="disabled", resume=True)
+STEPS = BASE.epochs * 23  # of 45,000 images in batches of 2,000
+LOOKAHEAD_INTERVAL = 5  # steps
+
+
+# ---------------------------------------------------------------- levers that are not constants
+
+
+def build(change: Callable[[ResNet], None]) -> contextlib.AbstractContextManager:
+    """Every network is built with `change`, the proxy's too."""
+    make_model = learner.make_model
+
+    def changed(config: Config, data: Dataset, device: torch.device) -> ResNet:
+        model = make_model(config, data, device)
+        change(model)
+        return model
+
+    return patch.object(learner, "make_model", changed)
+
+
+@torch.no_grad()
+def dirac_init(model: ResNet) -> None:
+    """Every convolution begins as the identity, its further filters at random (airbench)."""
+    for layer in model.stages.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.dirac_(layer.weight[: layer.in_channels])
+
+
+def scale_logits(model: ResNet) -> None:
+    """Logits times 1.5."""
+    model.register_forward_hook(lambda _model, _inputs, logits: 1.5 * logits)
+
+
+def pool_ceil(model: ResNet) -> None:
+    """The last max pooling rounds up: the head sees 4x4 features instead of 3x3."""
+    pools = [layer for layer in model.modules() if isinstance(layer, nn.MaxPool2d)]
+    pools[-1].ceil_mode = True
+    model.architecture = replace(model.architecture, pool_kernel=4)
+
+
+def freeze_stage1() -> contextlib.AbstractContextManager:
+    """The first stage learns no more in the last fifth of the steps, nor is its gradient taken."""
+    forward = Learner.forward
+
+    def frozen(self: Learner, images: Tensor) -> Tensor:
+        for layer in (self.model.bn1, self.model.stages[0]):
+            layer.requires_grad_(self.steps < 0.8 * STEPS)
+        return forward(self, images)
+
+    return patch.object(Learner, "forward", frozen)
+
+
+class PlainProxy(Proxy):
+    """A proxy that sees images without Cutout, which the network's get here, and whole labels."""
+
+    def __init__(self, config: Config, *args: object) -> None:
+        super().__init__(replace(config, label_smoothing=0.0), *args)
+
+    def hardest(self, batches: Iterable[Batch], first_step: int = 0) -> Iterator[Batch]:
+        """An epoch's batches; the corners are drawn with the seed of the step."""
+        size = PRESETS["fast"].cutout_size
+        for images, labels, n in super().hardest(batches, first_step):
+            margin = (IMAGE_SIZE - images.shape[-1]) // 2  # which the small images are without
+            corner = torch.randint(IMAGE_SIZE - size + 1, (len(images), 2)) - margin
+            yield cut_out(images, corner, size), labels, n
+
+
+class Lookahead(torch.optim.SGD):
+    """SGD whose weights are drawn back, every few steps, to where they were (airbench).
+
+    Zhang et al., arXiv:1907.08610; how far grows with the steps, as airbench has it.
+    """
+
+    def step(self) -> None:
+        """Update all parameters."""
+        for p in (p for group in self.param_groups for p in group["params"]):
+            self.state[p].setdefault("slow", p.detach().clone())
+            self.state[p]["steps"] = self.state[p].get("steps", 0) + 1
+        super().step()
+        with torch.no_grad():
+            for p, state in self.state.items():
+                if state["steps"] % LOOKAHEAD_INTERVAL == 0:
+                    back = 0.95**LOOKAHEAD_INTERVAL * (state["steps"] / STEPS) ** 3
+                    p.lerp_(state["slow"], back)
+                    state["slow"].copy_(p)
+
+
+def airbench_optimizers(
+    model: nn.Module, _optimizer: str, lr: float, momentum: float, *args: object
+) -> list[torch.optim.Optimizer]:
+    """airbench's SGD: one for all but the biases of BN, and one for these, at `adam_lr`.
+
+    The decay of a step is a constant, which L2 regularisation divided by the rate amounts to.
+    """
+    *_, weight_decay, bias_lr = args
+    biases = [m.bias for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    chosen = set(biases)
+    others = [p for p in model.parameters() if p.requires_grad and p not in chosen]
+    return [
+        Lookahead(params, rate, momentum, weight_decay=weight_decay / rate, nesterov=True)
+        for params, rate in ((others, lr), (biases, bias_lr))
+    ]
+
+
+# airbench96's rates, for the mean loss of 1,000 images and momentum .85.
+SGD_SCALE = 1000 / (1024 * (1 + 1 / (1 - 0.85)))
+AIRBENCH = {
+    "optimizer": "sgd",
+    "lr": 9.0 * SGD_SCALE,
+    "momentum": 0.85,
+    "adam_lr": 16 * 9.0 * SGD_SCALE,
+    "weight_decay": 0.012 * SGD_SCALE,
+    "warmup_epochs": 19,
+}
+# Of each lever the constants that it changes, and what it changes in the code.
+LEVERS: dict[str, tuple[dict[str, object], Callable]] = {
+    "base": ({}, contextlib.nullcontext),
+    "lr-0.10": ({"lr": 0.10}, contextlib.nullcontext),
+    "lr-0.20": ({"lr": 0.20}, contextlib.nullcontext),
+    "scale-24": (
+        {"small_images": "scale", "small_size": 24, "small_fraction": 0.5},
+        contextlib.nullcontext,
+    ),
+    "scale-20": (
+        {"small_images": "scale", "small_size": 20, "small_fraction": 0.5},
+        contextlib.nullcontext,
+    ),
+    "dirac-init": ({}, lambda: build(dirac_init)),
+    "smoothing-0.3": ({"label_smoothing": 0.3}, contextlib.nullcontext),
+    "logits-1.5": ({}, lambda: build(scale_logits)),
+    "pool-ceil": ({}, lambda: build(pool_ceil)),
+    "freeze-stage-1": ({}, freeze_stage1),
+    "plain-proxy": ({"cutout_size": 0}, lambda: patch.object(train, "Proxy", PlainProxy)),
+    "airbench-sgd": (
+        AIRBENCH,
+        lambda: patch.object(learner, "make_optimizers", airbench_optimizers),
+    ),
+}
+
+
+# ---------------------------------------------------------------- the study
+
+
+def configuration(lever: str, seed: int) -> Config:
+    """The constants of one run."""
+    return replace(BASE, **LEVERS[lever][0], name=f"levers/{lever}-{seed}", seed=seed)
+
+
+def run(lever: str, seed: int, data: Dataset) -> Row:
+    """Train one network, or go on with it; returns its row of levers.csv."""
+    with LEVERS[lever][1]():
+        log, _ = train.train(configuration(lever, seed), data)
+    return {
+        "lever": lever,
+        "seed": seed,
+        "minutes": round(minutes(log, configuration(lever, seed)), 1),
+        "val_loss": round(log[-1]["val_loss"], 4),
+        "val_accuracy": round(log[-1]["val_accuracy"], 2),
+    }
+
+
+def minutes(log: list[Row], config: Config) -> float:
+    """Minutes of a run, by the median epoch of each image size: some were interrupted."""
+    sizes = [train.image_size(config, row["epoch"]) for row in log]
+    of_size = {
+        size: statistics.median(
+            row["seconds"] for row, s in zip(log, sizes, strict=True) if s == size
+        )
+        for size in set(sizes)
+    }
+    return sum(of_size[size] for size in sizes) / 60
+
+
+def main(_args: list[str]) -> None:
+    """Train with every lever, one seed after the other; write levers.csv, and print the means."""
+    rows, data = [], load_dataset(BASE.dataset, BASE.data_dir, BASE.val_size, test=False)
+    for seed, lever in itertools.product(SEEDS, LEVERS):
+        rows.append(run(lever, seed, data))
+        utils.write_csv(Path("studies/levers.csv"), rows)
+    print("\n| lever | minutes | validation accuracy |")
+    print("|---|---|---|")
+    for lever in LEVERS:
+        found = [row for row in rows if row["lever"] == lever]
+        each = [row["val_accuracy"] for row in found]
+        mean = statistics.mean(row["minutes"] for row in found)
+        listed = ", ".join(f"{a:.2f}" for a in each)
+        print(f"| {lever} | {mean:.0f} | {statistics.mean(each):.2f}% ({listed}) |")
+
+
+if __name__ == "__main__":
+    script.run_script(main)
