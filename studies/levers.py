@@ -1,6 +1,6 @@
 """What else could make `fast` more accurate or cheaper: a lever at a time, two seeds.
 
-    python -m studies.levers    # 24 runs; goes on where it was cut off
+    python -m studies.levers    # 26 runs; goes on where it was cut off
 
 Validation accuracy at half the preset's width, a quarter of its cost, and its full number of steps,
 since what regularises changes sign with them. A lever that pays becomes a constant of config.py;
@@ -157,6 +157,10 @@ LEVERS: dict[str, tuple[dict[str, object], Callable]] = {
     ),
     "scale-20": (
         {"small_images": "scale", "small_size": 20, "small_fraction": 0.5},
+        contextlib.nullcontext,
+    ),
+    "no-proxy": (
+        {"keep_fraction": 1.0, "batch_size": 1000, "epochs": 43},
         contextlib.nullcontext,
     ),
     "dirac-init": ({}, lambda: build(dirac_init)),
