@@ -149,6 +149,10 @@ AIRBENCH = {
 # Of each lever the constants that it changes, and what it changes in the code.
 LEVERS: dict[str, tuple[dict[str, object], Callable]] = {
     "base": ({}, contextlib.nullcontext),
+    "no-proxy": (
+        {"keep_fraction": 1.0, "batch_size": 1000, "epochs": 43},
+        contextlib.nullcontext,
+    ),
     "lr-0.10": ({"lr": 0.10}, contextlib.nullcontext),
     "lr-0.20": ({"lr": 0.20}, contextlib.nullcontext),
     "scale-24": (
@@ -157,10 +161,6 @@ LEVERS: dict[str, tuple[dict[str, object], Callable]] = {
     ),
     "scale-20": (
         {"small_images": "scale", "small_size": 20, "small_fraction": 0.5},
-        contextlib.nullcontext,
-    ),
-    "no-proxy": (
-        {"keep_fraction": 1.0, "batch_size": 1000, "epochs": 43},
         contextlib.nullcontext,
     ),
     "dirac-init": ({}, lambda: build(dirac_init)),
