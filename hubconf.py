@@ -20,10 +20,15 @@ _FOLDER = _Path(__file__).resolve().parent
 def fast(pretrained: bool = True) -> _nn.Module:
     """[1, 1, 1] blocks of 96, 192 and 384 channels, 4.34M parameters: 94.98% on CIFAR-10.
 
-    In eval mode, on the CPU. Without `pretrained` its weights are random, and those of its
-    whitening stem too.
+    In eval mode, on the CPU, as all of them. Without `pretrained` the weights are random, and those
+    of the whitening stem too.
     """
     return _load("fast", pretrained)
+
+
+def tiny(pretrained: bool = True) -> _nn.Module:
+    """[1, 1, 1] blocks of 24, 48 and 96 channels, 0.28M parameters: 89.98% on CIFAR-10."""
+    return _load("tiny", pretrained)
 
 
 def _load(name: str, pretrained: bool) -> _nn.Module:

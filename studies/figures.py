@@ -305,10 +305,12 @@ def family(ours: list[dict], others: list[dict], path: str | Path) -> None:
         rows = sorted(ours, key=lambda row: row[cost])
         x, y = [row[cost] / 1e6 for row in rows], [row["accuracy"] for row in rows]
         axes.plot(x, y, "o-", color=BLUE, label="this repository")
-        for row, *place in zip(rows, x, y, strict=True):
+        for i, (row, *place) in enumerate(zip(rows, x, y, strict=True)):
+            # Beside the rising line: above it, but for the first, which the axis is too near to.
+            where, side = ((-9, 2), "right") if i else ((9, -6), "left")
             axes.annotate(
-                f"{row['network']} {row['accuracy']:.2f}", place, (0, 7), color=BLUE,
-                textcoords="offset points", ha="center", fontsize=9,
+                f"{row['network']} {row['accuracy']:.2f}", place, where, color=BLUE,
+                textcoords="offset points", ha=side, fontsize=9,
             )  # fmt: skip
         axes.set_xscale("log")
         axes.margins(x=0.12, y=0.12)  # the names need it
