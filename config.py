@@ -90,12 +90,12 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Run:
-    """How a run is done. It changes no result, so --resume lets all of it change."""
+    """How a run is done. It changes no result but by rounding, so --resume lets it change."""
 
     name: str = "tpsnet"
     """Folder of the run: checkpoints/NAME; GROUP/NAME makes it one of a group."""
     seeds: Annotated[int, Range(1)] = 1
-    """Networks to train one after the other, as NAME-0, NAME-1 and so on, with seeds from SEED."""
+    """Networks to train one after the other, with seeds from SEED on, each as NAME-ITS_SEED."""
     resume: bool = False
     """Go on with the run in checkpoints/NAME from its last saved step, or start it."""
     overwrite: bool = False

@@ -152,4 +152,43 @@ def test_minutes_are_of_epochs_that_nothing_interrupted():
     config = replace(levers.BASE, epochs=4, small_fraction=0.5)
     log = [{"epoch": i, "seconds": s} for i, s in enumerate((50.0, 70.0, 90.0, 90.0), start=1)]
     assert levers.minutes(log, config) == pytest.approx(5.0)
-    assert levers.minutes([*log, {"epoch": 4, "seconds": 4000.0}], config) < 7
+    interrupted = [row | {"seconds": 50 + 4000.0 * (row["epoch"] == 7)} for row in log * 4]
+    for i, row in enumerate(interrupted):
+        row["epoch"] = i + 1
+    config = replace(config, epochs=16)
+    assert levers.minutes(interrupted, config) == pytest.approx(16 * 50 / 60)
+    # Late epochs, where a stage may be frozen, count by themselves.
+    late = [{"epoch": i, "seconds": 60.0 if i <= 8 else 30.0} for i in range(1, 11)]
+    assert levers.minutes(late, replace(config, epochs=10)) == pytest.approx(9.0)
+
+
+def test_what_diverges_leaves_an_empty_row(noise, monkeypatch):
+    base = replace(levers.BASE, optimizer="sgd", lr=1000.0, epochs=8)
+    monkeypatch.setattr(levers, "BASE", base)
+    row = levers.run("base", 0, noise)
+    assert row == {
+        "lever": "base",
+        "seed": 0,
+        "minutes": None,
+        "val_loss": None,
+        "val_accuracy": None,
+    }
+
+
+def test_sgd_moves_no_bn_weight_and_biases_at_their_own_rate(noise):
+    config = replace(levers.configuration("airbench-sgd", 0), warmup_epochs=0)
+    with levers.airbench_sgd():
+        learner = Learner(config, noise, torch.device("cpu"), 5)
+        images = noise.normalize(noise.train.images[:8])
+        logits = learner.forward(images)
+    weights, biases = learner.optimizers
+    assert weights.param_groups[0]["lr"] == pytest.approx(1.146, abs=1e-3)
+    assert biases.param_groups[0]["lr"] == pytest.approx(64 * 1.146, abs=0.1)
+    for optimizer in learner.optimizers:
+        (group,) = optimizer.param_groups
+        assert group["lr"] * group["weight_decay"] == pytest.approx(config.weight_decay)
+    moved = {id(p) for o in learner.optimizers for g in o.param_groups for p in g["params"]}
+    still = {name for name, p in learner.model.named_parameters() if id(p) not in moved}
+    norms = {f"{n}.weight" for n, m in learner.model.named_modules() if hasattr(m, "running_mean")}
+    assert still == norms | {"conv1.weight"}
+    torch.testing.assert_close(9 * logits, learner.model.forward(images))  # without the hook

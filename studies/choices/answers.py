@@ -3,7 +3,8 @@
     python -m studies.choices.answers    # prints them, from trials.csv and longer.csv
 
 Every number comes with its 95% interval, by bootstrap over the trials, of which one in twenty
-misses; and with the number of trials behind it.
+misses; and with the number of trials behind it. Within a budget choices come together, as wide
+and shallow do: a correlation says what goes with accuracy, not what makes it.
 """
 
 import script
@@ -16,7 +17,7 @@ from scipy.stats import rankdata
 import plots
 import utils
 from metrics import Row
-from studies.choices.run import FOLDER
+from studies.choices.run import FOLDER, whole
 from trials import METRIC
 
 DRAWS = 2000  # of a bootstrap
@@ -27,8 +28,20 @@ def load() -> list[Row]:
     """The trials with an accuracy; those trained longer have a `longer` too."""
     path = FOLDER / "longer.csv"
     longer = {row["trial"]: row[METRIC] for row in utils.read_csv(path)} if path.exists() else {}
-    rows = [row for row in utils.read_csv(FOLDER / "trials.csv") if row[METRIC] is not None]
+    rows = whole(utils.read_csv(FOLDER / "trials.csv"))
     return [plots.with_derived(row) | {"longer": longer.get(row["trial"])} for row in rows]
+
+
+def at_equal_depth(rows: list[Row]) -> list[Row]:
+    """The trials, with what a line in their depth leaves of their accuracy, for each of the stages.
+
+    Within the budget a choice comes with others: where all stages have an odd number of blocks,
+    these are fewer, for one block is the most frequent of the odd numbers.
+    """
+    columns = [(1.0, row["mean_blocks"], row["num_stages"]) for row in rows]
+    accuracy = np.array([row[METRIC] for row in rows])
+    fit = np.linalg.lstsq(np.array(columns), accuracy, rcond=None)[0]
+    return [row | {METRIC: rest} for row, rest in zip(rows, accuracy - columns @ fit, strict=True)]
 
 
 def with_interval(statistic: Callable[..., np.ndarray], *columns: np.ndarray) -> np.ndarray:
@@ -87,10 +100,9 @@ def answers() -> list[str]:
     lines = {
         "validation accuracy": f"{accuracy.min():.1f}% to {accuracy.max():.1f}%, median"
         f" {np.median(accuracy):.1f}% ({len(rows)} trials)",
-        "3 stages against 2": difference(rows, "num_stages", [3], [2]),
         "3 stages against 4": difference(rows, "num_stages", [3], [4]),
-        "odd blocks in all stages against the rest": difference(
-            rows, "odd", ["all"], ["some", "none"]
+        "odd blocks in all stages against the rest, at equal depth": difference(
+            at_equal_depth(rows), "odd", ["all"], ["some", "none"]
         ),
         "pooled to 1x1 against 2x2 and 4x4": difference(rows, "pooled_size", [1], [2, 4]),
     }

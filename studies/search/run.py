@@ -22,6 +22,7 @@ import search
 from config import CHECKPOINTS
 from metrics import Row
 from trials import SPACE, LogUniform, Search, Space
+from utils import InputError
 
 # Narrower than search.py's: an image costs these networks a third of the multiplications that it
 # costs those, and no trial spends its few steps on a rate from which nothing is learned in them.
@@ -36,16 +37,23 @@ NARROWED = SPACE | {
     "schedule": ("cosine", "cosine_restarts", "linear"),
 }
 OPTIONS = Search(
-    name="small", num_samples=40, epochs=4, grace_epochs=4, train_size=2000, val_size=1000
+    name="small-search", num_samples=40, epochs=4, grace_epochs=4, train_size=2000, val_size=1000
 )
 FOLDER = Path("studies/search")
 
 
 def run(options: Search, preset: str, space: Space) -> list[Row]:
-    """Start a search or go on with it; returns the rows of its trials.csv."""
+    """Start a search or go on with it; returns the rows of its trials.csv.
+
+    Raises:
+        InputError: it cannot go on, or no trial succeeded.
+    """
     if (CHECKPOINTS / options.name).exists():
         preset, options = search.load_search(Search(resume=options.name), space)
-    return search.run_search(options, preset, space)
+    try:
+        return search.run_search(options, preset, space)
+    except search.SearchError as error:
+        raise InputError(str(error)) from None
 
 
 def main(_args: list[str]) -> None:
