@@ -63,12 +63,12 @@ sys.excepthook = explain_missing
 def run_script(main: Callable[[list[str]], None]) -> None:
     """Run a script's `main(arguments)`; an error a user can cause ends in one line and a status.
 
-    Exit status 2 for bad input, 1 for a diverged training, 128 and the signal's number (130 for
-    Ctrl-C) for one that a signal stopped.
+    Exit status 2 for bad input, 1 for a training that diverged or a search that failed, 128 and the
+    signal's number (130 for Ctrl-C) for what a signal stopped.
     """
     import torch
 
-    from utils import DivergenceError, InputError, StoppedError, print_error
+    from utils import DivergenceError, InputError, SearchError, StoppedError, print_error
 
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -78,7 +78,7 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
-    except (InputError, DivergenceError) as error:
+    except (InputError, DivergenceError, SearchError) as error:
         print_error(f"error: {error}")
         sys.exit(2 if isinstance(error, InputError) else 1)
     except StoppedError as stop:

@@ -60,7 +60,7 @@ from trials import (
     read_record,
     write_record,
 )
-from utils import DivergenceError, InputError, StoppedError, first_line
+from utils import DivergenceError, InputError, SearchError, StoppedError, first_line
 
 # A search on this machine alone is for who has a random token, on the loopback address (LISTENS is
 # 0 on Windows and macOS anyway). Ray reads these when it is imported.
@@ -83,10 +83,6 @@ REDUCTION = 4  # ASHA: of the trials that come to a rung, one in so many goes on
 MAX_FAILED = 3  # trials in a row, for one reason
 LET_GO = 60  # seconds that a killed process may take to let go of its folder
 START = 45  # seconds that a worker process may take to start
-
-
-class SearchError(RuntimeError):
-    """The search cannot go on, or none of its trials succeeded."""
 
 
 # ---------------------------------------------------------------- a trial
@@ -636,11 +632,7 @@ def main(args: list[str], space: Space = SPACE) -> None:
                 f"preset: {given}, but the search {search.name} was started with {preset}; leave it"
                 " out"
             )
-    try:
-        run_search(search, preset or "tpsnet", space)
-    except SearchError as error:
-        utils.print_error(f"error: {error}")
-        sys.exit(1)
+    run_search(search, preset or "tpsnet", space)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,10 @@ class DivergenceError(RuntimeError):
     """Training produced a loss or weights that are not finite."""
 
 
+class SearchError(RuntimeError):
+    """The search cannot go on, or none of its trials succeeded."""
+
+
 class StoppedError(Exception):
     """A signal ended the training early; its state is saved."""
 

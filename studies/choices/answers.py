@@ -33,7 +33,7 @@ def load() -> list[Row]:
 
 
 def at_equal_depth(rows: list[Row]) -> list[Row]:
-    """The trials, with what a line in their depth leaves of their accuracy, for each of the stages.
+    """The trials, with what is left of their accuracy after a linear fit in blocks and stages.
 
     Within the budget a choice comes with others: where all stages have an odd number of blocks,
     these are fewer, for one block is the most frequent of the odd numbers.

@@ -11,16 +11,15 @@ or deep is a fair question. All are compared on 5,000 validation images; test im
 
 import script
 
-import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import utils
-from config import CHECKPOINTS, PRESETS, Config
+from config import PRESETS, Config
 from data import load_dataset
 from metrics import Row
-from studies.search.run import run
+from studies.search.run import keep, run
 from train import train
 from trials import METRIC, PER_STAGE, SPACE, Search, Space, base_config
 from utils import DivergenceError, InputError
@@ -94,8 +93,7 @@ def pilot() -> None:
 def run_search() -> None:
     """Start the search, or go on with it; copy what it found."""
     run(OPTIONS, "tpsnet", space())
-    for name in ("search.json", "trials.csv", "best.json"):
-        shutil.copy(CHECKPOINTS / OPTIONS.name / name, FOLDER)
+    keep(OPTIONS, FOLDER)
 
 
 def longer() -> None:

@@ -22,7 +22,6 @@ import search
 from config import CHECKPOINTS
 from metrics import Row
 from trials import SPACE, LogUniform, Search, Space
-from utils import InputError
 
 # Narrower than search.py's: an image costs these networks a third of the multiplications that it
 # costs those, and no trial spends its few steps on a rate from which nothing is learned in them.
@@ -43,24 +42,22 @@ FOLDER = Path("studies/search")
 
 
 def run(options: Search, preset: str, space: Space) -> list[Row]:
-    """Start a search or go on with it; returns the rows of its trials.csv.
-
-    Raises:
-        InputError: it cannot go on, or no trial succeeded.
-    """
+    """Start a search or go on with it; returns the rows of its trials.csv."""
     if (CHECKPOINTS / options.name).exists():
         preset, options = search.load_search(Search(resume=options.name), space)
-    try:
-        return search.run_search(options, preset, space)
-    except search.SearchError as error:
-        raise InputError(str(error)) from None
+    return search.run_search(options, preset, space)
+
+
+def keep(options: Search, folder: Path) -> None:
+    """Copy what a search found to the folder of its study."""
+    for name in ("search.json", "trials.csv", "best.json"):
+        shutil.copy(CHECKPOINTS / options.name / name, folder)
 
 
 def main(_args: list[str]) -> None:
     """Search, or go on with it; copy what was found."""
     run(OPTIONS, "tpsnet", NARROWED)
-    for name in ("search.json", "trials.csv", "best.json"):
-        shutil.copy(CHECKPOINTS / OPTIONS.name / name, FOLDER)
+    keep(OPTIONS, FOLDER)
 
 
 if __name__ == "__main__":
