@@ -174,6 +174,8 @@ def augment(
 def cut_out(images: Tensor, corner: Tensor, size: int) -> Tensor:
     """Set a square of each image to the mean, 0 (DeVries & Taylor, arXiv:1708.04552).
 
+    Their squares may reach over the edge; those of `Augmentation` lie inside, as airbench's do.
+
     Args:
         images: (N, C, S, S) normalised.
         corner: (N, 2) the square's first row and column.

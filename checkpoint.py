@@ -188,6 +188,8 @@ def prepare_folder(folder: Path, resumed: bool) -> None:
         return
     for name in reversed(RUN_FILES):
         (folder / name).unlink(missing_ok=True)
+    for path in folder.glob("model_*.png"):  # which test.py drew of the run before
+        path.unlink()
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from distributed import StopSignals, all_reduce_sum, is_main, num_processes, ran
 from utils import DivergenceError, duration, first_line, warn
 from weights import TEMPERATURES
 
-EVAL_BATCH = 500  # images; one size everywhere, so that every script gets the same last digit
+EVAL_BATCH = 500  # images; one size everywhere, so that all scripts agree to rounding
 CALIBRATION_BINS = 15  # as in Guo et al., arXiv:1706.04599
 LOG_INTERVAL = 20  # steps between looks at the running loss: each look waits for the device
 TIMED_STEPS = 4  # after the first one, to estimate the whole time: a proxy learns in one of them

@@ -151,13 +151,13 @@ def effects(rows: list[dict[str, object]], directory: str | Path, caption: str) 
     """Draw the figures of a search from the rows of its trials.csv; returns their paths.
 
     Trials are compared by their accuracy after the grace period, which they all had. Those that
-    diverged in it are left out, and fewer than MIN_TRIALS make no figure.
+    diverged in it are left out; fewer than MIN_TRIALS, or those that are all alike, make no figure.
 
     Args:
         caption: how the trials were trained.
     """
     rows = [with_derived(row) for row in rows if row["early_accuracy"] is not None]
-    if len(rows) < MIN_TRIALS:
+    if len(rows) < MIN_TRIALS or len({row["early_accuracy"] for row in rows}) == 1:
         return []
     draws = (blocks_and_channels, parallel_coordinates, choices, accuracy_and_cost, importance)
     paths = [Path(directory, name) for name in EFFECTS]

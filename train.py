@@ -224,11 +224,11 @@ def train_seeds(config: Config) -> list[Score]:
             scores.append(train(run)[1])
     accuracies = [score.accuracy for score in scores]
     mean, std = statistics.mean(accuracies), statistics.stdev(accuracies)
-    low, high = student_t.interval(0.95, len(runs) - 1, mean, std / math.sqrt(len(runs)))
+    half = student_t.ppf(0.975, len(runs) - 1) * std / math.sqrt(len(runs))
     if distributed.is_main():
         print(
             f"{len(runs)} seeds: test accuracy {mean:.2f} ± {std:.2f}% (standard deviation); 95%"
-            f" interval of the mean {low:.2f} to {high:.2f}"
+            f" interval of the mean {mean - half:.2f} to {mean + half:.2f}"
         )
     return scores
 

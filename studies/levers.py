@@ -108,7 +108,7 @@ class PlainProxy(Proxy):
         for images, labels, n in super().hardest(batches, first_step):
             margin = (IMAGE_SIZE - images.shape[-1]) // 2  # which the small images are without
             corner = torch.randint(IMAGE_SIZE - size + 1, (len(images), 2)) - margin
-            yield cut_out(images, corner, size), labels, n
+            yield cut_out(images, corner.to(images.device), size), labels, n
 
 
 class Lookahead(torch.optim.SGD):

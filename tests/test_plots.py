@@ -253,6 +253,11 @@ def test_search_effects_show_every_trial(figures):
     assert "R² on held-out trials 0." in shares.axes[0].get_title()
 
 
+def test_search_whose_trials_are_all_alike_has_no_figures(figures):
+    rows = [row | {"early_accuracy": 10.0} for row in trials(30)]
+    assert plots.effects(rows, "images", "30 trials at chance") == figures == []
+
+
 def test_axes_are_turned_where_lines_would_cross():
     columns = {"noise": [1, 2, 4, 3], "less": [5, 4, 2, 1], "same": [1, 2, 3, 4]}
     columns["accuracy"] = [6, 7, 8, 9]

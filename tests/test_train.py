@@ -475,6 +475,14 @@ def test_seeds_are_trained_in_turn_and_summed_up(tiny, monkeypatch, capsys):
     )
 
 
+def test_seeds_that_come_to_the_same_have_an_interval_too(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(train_script, "train", lambda _config: ([], Score(0.5, 358, 359)))
+    train_seeds(replace(tiny, seeds=2))
+    assert capsys.readouterr().out.endswith(
+        "99.72 ± 0.00% (standard deviation); 95% interval of the mean 99.72 to 99.72\n"
+    )
+
+
 def test_seeds_go_on_where_they_were_cut_off(tiny, monkeypatch, capsys):
     config = replace(tiny, seeds=2, epochs=2)
     line = "demo --name tiny --seeds 2 --epochs 2 --max-steps-per-epoch 3 --wandb disabled".split()

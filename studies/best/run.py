@@ -17,6 +17,7 @@ import torch
 import utils
 from config import Config
 from train import train
+from utils import InputError
 
 SEEDS = (0, 1)
 CSV = Path("studies/best/best.csv")
@@ -64,6 +65,8 @@ def run(change: str, seed: int) -> dict[str, object]:
 
 def main(args: list[str]) -> None:
     """Train the configurations of the given seeds; with all seeds, write best.csv."""
+    if not all(seed.isdecimal() for seed in args):
+        raise InputError(f"arguments: {' '.join(args)!r} are not seeds; give integers, or none")
     seeds = [int(seed) for seed in args] or SEEDS
     rows = [run(change, seed) for change in CHANGES for seed in seeds]
     if len(seeds) == len(SEEDS):

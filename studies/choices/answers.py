@@ -32,18 +32,6 @@ def load() -> list[Row]:
     return [plots.with_derived(row) | {"longer": longer.get(row["trial"])} for row in rows]
 
 
-def at_equal_depth(rows: list[Row]) -> list[Row]:
-    """The trials, with what is left of their accuracy after a linear fit in blocks and stages.
-
-    Within the budget a choice comes with others: where all stages have an odd number of blocks,
-    these are fewer, for one block is the most frequent of the odd numbers.
-    """
-    columns = [(1.0, row["mean_blocks"], row["num_stages"]) for row in rows]
-    accuracy = np.array([row[METRIC] for row in rows])
-    fit = np.linalg.lstsq(np.array(columns), accuracy, rcond=None)[0]
-    return [row | {METRIC: rest} for row, rest in zip(rows, accuracy - columns @ fit, strict=True)]
-
-
 def with_interval(statistic: Callable[..., np.ndarray], *columns: np.ndarray) -> np.ndarray:
     """A statistic of some columns, and the two ends of its 95% interval.
 
@@ -57,20 +45,31 @@ def with_interval(statistic: Callable[..., np.ndarray], *columns: np.ndarray) ->
         return np.array([statistic(*columns), *np.nanpercentile(drawn, [2.5, 97.5])])
 
 
-def difference(rows: list[Row], name: str, ones: Iterable, others: Iterable) -> str:
-    """Mean accuracy of the trials with one of some values, less that of those with the others."""
-    groups = [np.array([row[name] in values for row in rows]) for values in (ones, others)]
-    if not all(group.any() for group in groups):
+def difference(
+    rows: list[Row], name: str, ones: Iterable, others: Iterable, equal: Iterable[str] = ()
+) -> str:
+    """Mean accuracy of the trials with one of some values, less that of those with the others.
+
+    Args:
+        equal: the columns at whose equal values the two are compared, by a linear fit: within the
+            budget a choice comes with others. Where all stages have an odd number of blocks,
+            these are fewer, for one block is the most frequent of the odd numbers.
+    """
+    rows = [row for row in rows if row[name] in (*ones, *others)]
+    group = np.array([float(row[name] in ones) for row in rows])
+    if group.all() or not group.any():
         return "no trials to compare"
 
-    def statistic(accuracy: np.ndarray, *groups: np.ndarray) -> np.ndarray:
-        one, other = ((accuracy * group).sum(-1) / group.sum(-1) for group in groups)
-        return one - other
+    def statistic(accuracy: np.ndarray, *columns: np.ndarray) -> np.ndarray:
+        factors = np.stack([np.ones_like(accuracy), *columns], axis=-1)
+        slopes = np.linalg.pinv(factors) @ accuracy[..., None]
+        alike = np.ptp(columns[-1], axis=-1) == 0  # nothing to compare
+        return np.where(alike, np.nan, slopes[..., -1, 0])
 
-    accuracy = np.array([row[METRIC] for row in rows])
-    found, low, high = with_interval(statistic, accuracy, *groups)
-    a, b = (group.sum() for group in groups)
-    return f"{found:+.1f} points ({low:+.1f} to {high:+.1f}; {a} trials against {b})"
+    columns = [np.array([float(row[column]) for row in rows]) for column in (METRIC, *equal)]
+    found, low, high = with_interval(statistic, *columns, group)
+    ones, others = int(group.sum()), int((1 - group).sum())
+    return f"{found:+.1f} points ({low:+.1f} to {high:+.1f}; {ones} trials against {others})"
 
 
 def rank_correlation(rows: list[Row], x: Number, y: Number = lambda row: row[METRIC]) -> str:
@@ -102,7 +101,7 @@ def answers() -> list[str]:
         f" {np.median(accuracy):.1f}% ({len(rows)} trials)",
         "3 stages against 4": difference(rows, "num_stages", [3], [4]),
         "odd blocks in all stages against the rest, at equal depth": difference(
-            at_equal_depth(rows), "odd", ["all"], ["some", "none"]
+            rows, "odd", ["all"], ["some", "none"], equal=("mean_blocks", "num_stages")
         ),
         "pooled to 1x1 against 2x2 and 4x4": difference(rows, "pooled_size", [1], [2, 4]),
     }

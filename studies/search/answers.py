@@ -51,7 +51,7 @@ def configuration(preset: str, options: Search, row: Row) -> Config:
 
 
 def train_longer() -> None:
-    """Train every fifth trial's network longer; write docs/search/longer.csv."""
+    """Train every fifth trial's network longer; write studies/search/longer.csv."""
     preset, options, rows = load()
     configs = [(row, configuration(preset, options, row)) for row in rows[::EVERY]]
     base = configs[0][1]
