@@ -30,7 +30,10 @@ from weights import save_model
 
 PREVIOUS = "previous.pt"  # the training state that was saved before the last one
 # What a run writes, beside W&B's folder; the state comes first and goes last.
-RUN_FILES = ("last.pt", PREVIOUS, "config.json", "log.csv", "model.safetensors", "curves.png")
+RUN_FILES = (
+    *("last.pt", PREVIOUS, "config.json", "log.csv", "model.safetensors", "curves.png"),
+    *("model_confusion.png", "model_calibration.png", "model_mistakes.png"),  # by test.py
+)
 EPOCH_SECONDS = 10  # an epoch that ends sooner after a save is not worth one of its own
 
 
@@ -188,8 +191,6 @@ def prepare_folder(folder: Path, resumed: bool) -> None:
         return
     for name in reversed(RUN_FILES):
         (folder / name).unlink(missing_ok=True)
-    for path in folder.glob("model_*.png"):  # which test.py drew of the run before
-        path.unlink()
 
 
 @contextlib.contextmanager

@@ -144,7 +144,7 @@ def base_config(search: Search, preset: str) -> Config:
     """What all trials have in common."""
     shared = "name epochs val_size train_size max_params seed data_dir download wandb"
     options = {name: getattr(search, name) for name in shared.split()}
-    restart_epochs = -(-search.epochs // RESTARTS)  # the last one an epoch short if odd
+    restart_epochs = -(-search.epochs // RESTARTS)  # if odd, the last cosine lacks one
     return replace(PRESETS[preset], restart_epochs=restart_epochs, **options)
 
 

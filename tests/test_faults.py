@@ -463,12 +463,14 @@ def test_overwrite_starts_anew(tiny):
     train(replace(tiny, seed=5, epochs=4))
     (FOLDER / "notes.txt").write_text("mine")
     (FOLDER / "model_mistakes.png").write_text("of the run before")
+    (FOLDER / "model_mine.png").write_text("no run's")
     train(replace(tiny, overwrite=True))
     train(replace(tiny, name="other"))
     assert same(weights(), weights(Path("checkpoints/other")))
     assert len(log()) == 3
     assert (FOLDER / "notes.txt").read_text() == "mine"
     assert not (FOLDER / "model_mistakes.png").exists()
+    assert (FOLDER / "model_mine.png").exists()
     assert checkpoint.read_state(FOLDER / "last.pt")["config"] == record(tiny)
 
 

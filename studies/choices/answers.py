@@ -68,8 +68,9 @@ def difference(
 
     columns = [np.array([float(row[column]) for row in rows]) for column in (METRIC, *equal)]
     found, low, high = with_interval(statistic, *columns, group)
-    ones, others = int(group.sum()), int((1 - group).sum())
-    return f"{found:+.1f} points ({low:+.1f} to {high:+.1f}; {ones} trials against {others})"
+    a = int(group.sum())
+    b = len(group) - a
+    return f"{found:+.1f} points ({low:+.1f} to {high:+.1f}; {a} trials against {b})"
 
 
 def rank_correlation(rows: list[Row], x: Number, y: Number = lambda row: row[METRIC]) -> str:
