@@ -75,7 +75,8 @@ class Augmentation:
         if self.flip == "alternating":
             first = torch.rand(n, generator=generator("flip", seed)) < 0.5  # of each image
             flip = first[indices] ^ (epoch % 2 == 0)
-        corner = torch.randint(0, IMAGE_SIZE - self.cutout_size + 1, (n, 2), generator=rng)
+        # A square's center is any pixel, so that it may reach over the edge.
+        corner = torch.randint(0, IMAGE_SIZE, (n, 2), generator=rng) - self.cutout_size // 2
         return shift, angle, flip, corner
 
     def __call__(
@@ -174,11 +175,9 @@ def augment(
 def cut_out(images: Tensor, corner: Tensor, size: int) -> Tensor:
     """Set a square of each image to the mean, 0 (DeVries & Taylor, arXiv:1708.04552).
 
-    Their squares may reach over the edge; those of `Augmentation` lie inside, as airbench's do.
-
     Args:
         images: (N, C, S, S) normalised.
-        corner: (N, 2) the square's first row and column.
+        corner: (N, 2) the square's first row and column; it may reach over the edge, as theirs do.
         size: its side, in pixels.
     """
     place = torch.arange(images.shape[-1], device=images.device)

@@ -40,6 +40,7 @@ class Learner:
             config.nesterov,
             config.weight_decay,
             config.adam_lr,
+            distributed.compute_dtype(device, config.bfloat16),
         )
         self.rates = (config.lr, config.adam_lr)[: len(self.optimizers)]
 
@@ -163,8 +164,12 @@ def make_model(config: Config, data: Dataset, device: torch.device) -> ResNet:
         model.set_whitening(data.normalize(data.train.images[:5000]))
     if config.compile:
         check_compiler(device)
-        # With CUDA graphs on a GPU, where launching the kernels takes time.
-        model.compile(mode="reduce-overhead" if device.type == "cuda" else "default")
+        # With CUDA graphs on a GPU, where launching the kernels takes time. A code for every shape:
+        # one for all would be slower. A network and its proxy, which share `forward`, have more
+        # than the 8 that are allowed: each with and without gradients, whole and last batches.
+        torch._dynamo.config.recompile_limit = 64
+        mode = "reduce-overhead" if device.type == "cuda" else "default"
+        model.compile(mode=mode, dynamic=False)
     return model
 
 

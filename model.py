@@ -161,7 +161,9 @@ class ResNet(nn.Module):
             images: (N, 3, 32, 32) normalised; some thousands are enough.
         """
         patches = F.unfold(images, 2).transpose(1, 2).reshape(-1, 12)
-        variances, components = torch.linalg.eigh(patches.T @ patches / len(patches))
+        covariance = patches.T @ patches / len(patches)
+        # On the CPU: the same components everywhere, and Apple's GPUs have no eigh.
+        variances, components = torch.linalg.eigh(covariance.cpu())
         # The addend, of Jordan's, keeps the faintest components from being blown up to noise.
         filters = (components / (variances + 5e-4).sqrt()).T.view(12, 3, 2, 2)
         self.conv1.weight.copy_(torch.cat([filters, -filters]))

@@ -1,13 +1,12 @@
 """What moves the weights: SGD or Muon, the learning rate of every step, and their average."""
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
-from distributed import has_bfloat16
 
 ADAM_BETAS = (0.9, 0.95)
 
@@ -20,10 +19,11 @@ def make_optimizers(
     nesterov: bool,
     weight_decay: float,
     adam_lr: float,
+    dtype: torch.dtype = torch.float32,
 ) -> list[torch.optim.Optimizer]:
     """`sgd` for all parameters; or `muon` for the convolutions' and Adam for the rest.
 
-    Nesterov's momentum and weight decay are SGD's alone.
+    Nesterov's momentum and weight decay are SGD's alone, and Muon multiplies matrices in `dtype`.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     if optimizer == "sgd":
@@ -31,7 +31,8 @@ def make_optimizers(
         return [torch.optim.SGD(parameters, lr, momentum, **options)]
     filters = [p for p in parameters if p.ndim == 4]
     others = [p for p in parameters if p.ndim < 4]  # of batch normalisation and the linear layer
-    return [Muon(filters, lr, momentum), torch.optim.Adam(others, adam_lr, ADAM_BETAS, fused=True)]
+    adam = torch.optim.Adam(others, adam_lr, ADAM_BETAS, fused=True)
+    return [Muon(filters, lr, momentum, dtype), adam]
 
 
 def lr_factor(
@@ -77,13 +78,21 @@ class Muon(torch.optim.Optimizer):
     torch.optim.Muon takes matrices alone and does not hold the norm.
     """
 
-    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float) -> None:
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float,
+        momentum: float,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self) -> None:
         """Update all filters from their gradients."""
         for group in self.param_groups:
+            same_shape = defaultdict(list)  # of a deep network's layers many are: a GPU likes it
             for weight in group["params"]:
                 if weight.grad is None:  # it is frozen
                     continue
@@ -92,22 +101,26 @@ class Muon(torch.optim.Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(weight)
                 velocity = state["momentum_buffer"].mul_(group["momentum"]).add_(weight.grad)
                 update = weight.grad.add(velocity, alpha=group["momentum"])
-                weight.mul_(len(weight) ** 0.5 / weight.norm())
-                weight.add_(orthogonalize(update.flatten(1)).view_as(weight), alpha=-group["lr"])
+                same_shape[weight.shape].append((weight, update))
+            for pairs in same_shape.values():
+                weights, updates = zip(*pairs, strict=True)
+                matrices = torch.stack(updates).flatten(2).to(self.dtype)
+                for weight, update in zip(weights, orthogonalize(matrices), strict=True):
+                    weight.mul_(len(weight) ** 0.5 / weight.norm())
+                    weight.add_(update.view_as(weight), alpha=-group["lr"])
 
 
-def orthogonalize(matrix: Tensor) -> Tensor:
-    """The matrix with the same singular vectors, its singular values all moved to about 1.
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """(N, R, C) matrices with the same singular vectors, their singular values moved to about 1.
 
     Three Newton-Schulz steps of a quintic in the matrix; its coefficients, of Jordan's, climb fast
     from 0 and leave the values between 0.5 and 1.5, which is enough.
     """
-    if matrix.shape[0] > matrix.shape[1]:
-        return orthogonalize(matrix.T).T  # the smaller of the two Gram matrices
-    x = matrix / (matrix.norm() + 1e-7)
-    if has_bfloat16(x.device):
-        x = x.bfloat16()
+    if matrices.shape[1] > matrices.shape[2]:
+        return orthogonalize(matrices.mT).mT  # the smaller of the two Gram matrices
+    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(3):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.to(matrix.dtype)
+        gram = x @ x.mT
+        quadratic = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, quadratic, x, beta=3.4445)
+    return x

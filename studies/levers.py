@@ -107,7 +107,7 @@ class PlainProxy(Proxy):
         size = PRESETS["fast"].cutout_size
         for images, labels, n in super().hardest(batches, first_step):
             margin = (IMAGE_SIZE - images.shape[-1]) // 2  # which the small images are without
-            corner = torch.randint(IMAGE_SIZE - size + 1, (len(images), 2)) - margin
+            corner = torch.randint(IMAGE_SIZE, (len(images), 2)) - size // 2 - margin
             yield cut_out(images, corner.to(images.device), size), labels, n
 
 
@@ -139,7 +139,7 @@ def airbench_optimizers(
     BN's weights stay 1. The decay of a step is a constant, which L2 regularisation divided by the
     rate amounts to.
     """
-    *_, weight_decay, bias_lr = args
+    *_, weight_decay, bias_lr, _dtype = args
     norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
     for norm in norms:
         norm.weight.requires_grad_(False)

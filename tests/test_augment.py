@@ -51,7 +51,9 @@ def test_cutout_is_torchvisions_erase(images):
     corners = Augmentation(0, "zeros", 0.0, "none", 10).draw(torch.arange(len(images)), 1, 1)[3]
     ours = augment_script.cut_out(normal, corners, 10)
     for image, (row, column), result in zip(normal, corners, ours, strict=True):
-        expected = reference.erase(image, int(row), int(column), 10, 10, torch.zeros(1))
+        top, left = max(0, int(row)), max(0, int(column))  # it may reach over the edge
+        height, width = int(row) + 10 - top, int(column) + 10 - left
+        expected = reference.erase(image, top, left, height, width, torch.zeros(1))
         assert torch.equal(result, expected)
 
 
@@ -59,14 +61,15 @@ def test_batches_are_cut_out_after_normalisation():
     augmentation = Augmentation(0, "zeros", 0.0, "none", 8)
     toy = labelled_by_position(100)
     images, labels, _ = next(train_batches(toy, augmentation, 100, 0, 1))
-    greyed = (images == 0).all(1).sum((1, 2))
-    assert set(greyed[labels > 0].tolist()) == {64}
+    greyed = (images == 0).all(1).sum((1, 2))[labels > 0]
+    assert greyed.max() == 64
+    assert 16 <= greyed.min() < 64  # of a square that reaches over an edge, or two
 
 
 def test_augmentation_is_drawn_per_image_over_its_whole_range():
     indices = torch.arange(4000)
     shift, angle, flip, corner = Augmentation(4, "zeros", 5.0, "random", 8).draw(indices, 0, 1)
-    assert sorted(set(corner.flatten().tolist())) == list(range(25))
+    assert sorted(set(corner.flatten().tolist())) == list(range(-4, 28))  # the center is any pixel
     assert sorted(set(shift.flatten().tolist())) == list(range(-4, 5))
     assert -5 <= angle.min() < -4.9
     assert 4.9 < angle.max() <= 5

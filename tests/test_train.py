@@ -126,16 +126,18 @@ def test_images_of_best_are_augmented_as_its_constants_say():
 
 
 def test_orthogonalize_moves_all_singular_values_to_about_1():
-    for shape in ((6, 40), (40, 6)):
-        matrix = torch.randn(shape, generator=generator(0)) * 100
-        u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-        singular = u.T @ optim.orthogonalize(matrix) @ v.T  # (6, 6), diagonal
-        assert 0.5 < singular.diag().min() < singular.diag().max() < 1.5
-        assert (singular - singular.diag().diag()).abs().max() < 0.05  # bfloat16 on some machines
+    for shape in ((2, 6, 40), (2, 40, 6)):
+        scales = torch.tensor([1e-3, 100.0])[:, None, None]
+        matrices = torch.randn(shape, generator=generator(0)) * scales
+        u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+        singular = u.mT @ optim.orthogonalize(matrices) @ v.mT  # (2, 6, 6), diagonal
+        diagonal = singular.diagonal(dim1=1, dim2=2)
+        assert 0.5 < diagonal.min() < diagonal.max() < 1.5
+        torch.testing.assert_close(singular, diagonal.diag_embed(), atol=1e-4, rtol=0)
 
 
 def test_muon_turns_weights_of_constant_norm_along_nesterovs_momentum(monkeypatch):
-    monkeypatch.setattr(optim, "orthogonalize", lambda matrix: matrix)  # seen on its own above
+    monkeypatch.setattr(optim, "orthogonalize", lambda matrices: matrices)  # on its own above
     weight = torch.nn.Parameter(torch.randn(4, 2, 3, 3, generator=generator(0)))
     optimizer = optim.Muon([weight], lr=0.1, momentum=0.5)
     gradients = [torch.randn(weight.shape, generator=generator(i)) for i in (1, 2)]
@@ -149,6 +151,17 @@ def test_muon_turns_weights_of_constant_norm_along_nesterovs_momentum(monkeypatc
         optimizer.step()
         expected = expected * 2 / expected.norm() - 0.1 * update  # sqrt(4 filters) = 2
         torch.testing.assert_close(weight.detach(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_multiplies_matrices_in_the_runs_dtype(monkeypatch, dtype):
+    seen = []
+    monkeypatch.setattr(optim, "orthogonalize", lambda matrices: seen.append(matrices) or matrices)
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.Linear(3, 2))
+    muon, _ = optim.make_optimizers(model, "muon", 0.1, 0.5, False, 0.0, 0.1, dtype)
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    muon.step()
+    assert [matrices.dtype for matrices in seen] == [dtype]
 
 
 def test_muon_leaves_a_frozen_layer_as_it_is():
