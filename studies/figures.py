@@ -311,6 +311,7 @@ def family(ours: list[dict], others: list[dict], path: str | Path) -> None:
             axes.annotate(
                 f"{row['network']} {row['accuracy']:.2f}", place, where, color=BLUE,
                 textcoords="offset points", ha=side, fontsize=9,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
             )  # fmt: skip
         axes.set_xscale("log")
         axes.margins(x=0.12, y=0.12)  # the names need it

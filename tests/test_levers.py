@@ -139,20 +139,6 @@ def test_every_run_can_be_trained(lever):
     assert config.keep_fraction == (1.0 if lever == "no-proxy" else 0.5)
 
 
-def test_minutes_are_of_epochs_that_nothing_interrupted():
-    config = replace(levers.BASE, epochs=4, small_fraction=0.5)
-    log = [{"epoch": i, "seconds": s} for i, s in enumerate((50.0, 70.0, 90.0, 90.0), start=1)]
-    assert levers.minutes(log, config) == pytest.approx(5.0)
-    interrupted = [row | {"seconds": 50 + 4000.0 * (row["epoch"] == 7)} for row in log * 4]
-    for i, row in enumerate(interrupted):
-        row["epoch"] = i + 1
-    config = replace(config, epochs=16)
-    assert levers.minutes(interrupted, config) == pytest.approx(16 * 50 / 60)
-    # Late epochs, where a stage may be frozen, count by themselves.
-    late = [{"epoch": i, "seconds": 60.0 if i <= 8 else 30.0} for i in range(1, 11)]
-    assert levers.minutes(late, replace(config, epochs=10)) == pytest.approx(9.0)
-
-
 def test_what_diverges_leaves_an_empty_row(noise, monkeypatch):
     base = replace(levers.BASE, optimizer="sgd", lr=1000.0, epochs=8)
     monkeypatch.setattr(levers, "BASE", base)
@@ -160,7 +146,6 @@ def test_what_diverges_leaves_an_empty_row(noise, monkeypatch):
     assert row == {
         "lever": "base",
         "seed": 0,
-        "minutes": None,
         "val_loss": None,
         "val_accuracy": None,
     }

@@ -1,3 +1,4 @@
+import re
 import statistics
 
 import pytest
@@ -5,7 +6,7 @@ from conftest import ROOT
 
 import utils
 from config import check_config
-from studies import ablation
+from studies import ablation, levers
 from studies.best import run as best
 
 
@@ -51,6 +52,16 @@ def test_page_of_fast_has_the_results_of_the_ablation():
         found = [row for row in rows if row["change"] == change]
         assert [row["seed"] for row in found] == list(ablation.SEEDS)
         assert f"| {found[0]['epochs']} | {mean_of(found)} |" in page
+
+
+def test_page_of_fast_has_the_results_of_the_levers():
+    page = (ROOT / "docs/fast.md").read_text(encoding="utf-8")
+    rows = utils.read_csv(ROOT / "studies/levers.csv")
+    assert {row["lever"] for row in rows} == set(levers.LEVERS)
+    for lever in levers.LEVERS:
+        found = [row for row in rows if row["lever"] == lever]
+        assert [row["seed"] for row in found] == list(range(len(found)))
+        assert re.search(rf"\| {re.escape(mean_of(found))} \|.* `{re.escape(lever)}` \|", page)
 
 
 def mean_of(rows):
