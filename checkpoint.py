@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import plots
+from data import Dataset
 from distributed import StopSignals, all_reduce_max, broadcast_from_main, is_main, num_processes
 from metrics import LOG_INTERVAL, Metrics, Score
 from utils import (
@@ -175,9 +176,9 @@ def check_new(folder: Path, resume: bool, overwrite: bool) -> None:
         raise InputError(f"name: {folder} holds {holds} ({found[0]}); {remedy}, or another --name")
 
 
-def check_images(state: dict[str, object], fingerprint: str) -> None:
-    """Raise InputError if the run was started on images of another fingerprint."""
-    if state["data_fingerprint"] != fingerprint:
+def check_images(state: dict[str, object], data: Dataset) -> None:
+    """Raise InputError if the run was started on other images."""
+    if not data.is_known_as(state["data_fingerprint"]):
         raise InputError(
             "data_dir: it holds other images than this run was started on (SHA-256 of all images"
             " and labels); give their --data-dir, or another --name"

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from model import MAX_PARAMS, Architecture, check_budget, pooled_size
+from model import MAX_PARAMS, Architecture, check_budget, feature_size, pooled_size
 from utils import IMAGE_SIZE, InputError, Range, check_fields, first_line, from_json, read_json
 
 CHECKPOINTS = Path("checkpoints")
@@ -242,6 +242,14 @@ def check_batches(config: Config, num_images: int, num_processes: int = 1) -> No
         raise InputError(
             f"batch_size: {config.batch_size} leaves a last batch of"
             f" {num_images % config.batch_size} for {num_processes} processes; use another"
+        )
+    last = (num_images % config.batch_size or config.batch_size) // num_processes
+    network = (len(config.num_blocks), config.stem, config.downsample)
+    smallest = config.small_size if config.small_fraction else IMAGE_SIZE
+    if round(config.keep_fraction * last) < 2 and feature_size(*network, smallest) == 1:
+        raise InputError(
+            f"batch_size: {config.batch_size} leaves a batch of one image to train on, from which"
+            " batch normalization learns nothing where a feature map is one pixel; use another"
         )
 
 

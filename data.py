@@ -72,6 +72,11 @@ class Dataset:
     test: Split
     fingerprint: str  # SHA-256 of all images and labels, before the validation split
     unofficial: tuple[str, ...] = ()  # files that differ from the official release
+    train_fingerprint: str = ""  # of the training images alone: that of a run which read no others
+
+    def is_known_as(self, fingerprint: object) -> bool:
+        """Whether a run that noted this fingerprint had these images."""
+        return fingerprint in (self.fingerprint, self.train_fingerprint)
 
     def to(self, device: torch.device) -> "Dataset":
         """The same data on `device`."""
@@ -238,6 +243,7 @@ def make_dataset(
         test=test,
         fingerprint=fingerprint(train, test),
         unofficial=unofficial,
+        train_fingerprint=fingerprint(train),
     )
 
 

@@ -252,8 +252,9 @@ def model_cost(architecture: Architecture) -> ModelCost:
     return ModelCost(
         num_params=count_parameters(model),
         macs=count_macs(model),
-        # A batch of two less a batch of one: what does not grow with the batch cancels out.
-        activation_bytes=saved_bytes(model, 2) - saved_bytes(model, 1),
+        # A batch of three less one of two, the smallest that BN takes where a feature map is one
+        # pixel: what does not grow with the batch cancels out.
+        activation_bytes=saved_bytes(model, 3) - saved_bytes(model, 2),
     )
 
 

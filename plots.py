@@ -5,6 +5,7 @@ README shows is drawn by studies/figures.py.
 """
 
 import textwrap
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,7 @@ CHOICES = {
     "dropout": "dropout in blocks",
     "classifier_dropout": "dropout before classifier",
 }
+LINES, MARKERS = ("--", "-", ":", "-."), "osD^"  # of the widths, in turn
 COSTS = {"num_params": "parameters, millions", "macs": "MACs per image, millions"}
 
 
@@ -183,7 +185,7 @@ def with_derived(row: dict[str, object]) -> dict[str, object]:
 
 def blocks_and_channels(rows: list[dict[str, object]], path: str | Path, caption: str) -> None:
     """Accuracy over blocks per stage and C1, with the budget; a panel per number of stages."""
-    stages = sorted({row["num_stages"] for row in rows})
+    stages, widths = (sorted({row[name] for row in rows}) for name in ("num_stages", "width"))
     figure = Figure(figsize=(10, 4), layout="constrained")
     figure.suptitle(f"Validation accuracy over depth and width; {caption}", fontsize=11)
     accuracy = [row["early_accuracy"] for row in rows]
@@ -192,7 +194,7 @@ def blocks_and_channels(rows: list[dict[str, object]], path: str | Path, caption
     for axes, number in zip(
         figure.subplots(1, len(stages), sharey=True, squeeze=False)[0], stages, strict=True
     ):
-        for width, style in ((1, "--"), (2, "-")):
+        for width, style, marker in zip(widths, cycle(LINES), cycle(MARKERS), strict=False):
             limit = [largest_c1((depth,) * number, width) for depth in depths]
             axes.plot(
                 limit, depths, style, color=GREY, linewidth=1,
@@ -203,7 +205,7 @@ def blocks_and_channels(rows: list[dict[str, object]], path: str | Path, caption
                 [row["c1"] for row in found],
                 [row["mean_blocks"] for row in found],
                 c=[row["early_accuracy"] for row in found],
-                marker="os"[width - 1], s=45, cmap="viridis", edgecolor="black", linewidth=0.4,
+                marker=marker, s=45, cmap="viridis", edgecolor="black", linewidth=0.4,
                 vmin=min(accuracy), vmax=max(accuracy), label=f"width {width}",
             )  # fmt: skip
         axes.set(xlabel="C1", title=f"{number} stages")

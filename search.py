@@ -269,7 +269,7 @@ def ray_started(search: Search) -> Iterator[None]:
     """
     settings = {
         "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a trial without a GPU sees none
         "RAY_prestart_worker_first_driver": "0",  # else it waits for ever for those that die
         "RAY_CHDIR_TO_TRIAL_DIR": "0",  # data/ and checkpoints/ are below this folder
         "RAY_AIR_NEW_OUTPUT": "0",  # Monitor prints instead

@@ -148,7 +148,7 @@ def check_data(path: Path, info: dict[str, object], data: Dataset) -> None:
     """Raise InputError if the model has other classes than `data`; warn if its copy differs."""
     if info["class_names"] != list(data.class_names):
         raise InputError(f"checkpoint: {path} knows other classes than {data.name} has")
-    if info.get("data_fingerprint") != data.fingerprint:
+    if not data.is_known_as(info.get("data_fingerprint")):
         utils.warn(f"this copy of {data.name} is not the one that {path} was trained with")
 
 

@@ -109,7 +109,7 @@ def train(
     ):
         state = saved_state(config)  # now that no other process can change it
         if state:
-            check_images(state, data.fingerprint)
+            check_images(state, data)
             restore(state, parts, folder)
         distributed.barrier()  # all have read it before anything is written
         if distributed.is_main():

@@ -144,8 +144,14 @@ def base_config(search: Search, preset: str) -> Config:
     """What all trials have in common."""
     shared = "name epochs val_size train_size max_params seed data_dir download wandb"
     options = {name: getattr(search, name) for name in shared.split()}
-    restart_epochs = -(-search.epochs // RESTARTS)  # if odd, the last cosine lacks one
-    return replace(PRESETS[preset], restart_epochs=restart_epochs, **options)
+    base = PRESETS[preset]
+    return replace(
+        base,
+        restart_epochs=-(-search.epochs // RESTARTS),  # if odd, the last cosine lacks one
+        warmup_epochs=base.warmup_epochs * search.epochs // base.epochs,
+        small_fraction=0.0,  # not every network pools smaller images to as many features
+        **options,
+    )
 
 
 def configuration(sample: Sample, base: Config) -> Config:
@@ -220,7 +226,7 @@ def draw_trial(
     number: int,
     tried: list[tuple[Sample, float]],
 ) -> tuple[Sample, int]:
-    """The sample of trial `number`, and how many were refused before it for their size.
+    """The sample of trial `number`, and how many were refused before it, most for their size.
 
     The size is computed, nothing is allocated.
 
@@ -228,7 +234,7 @@ def draw_trial(
         tried: the samples and accuracies that TPE learns from.
 
     Raises:
-        InputError: none of MAX_REJECTED samples has the wanted size, or it cannot be trained.
+        InputError: none of MAX_REJECTED samples has the wanted size and can be trained.
     """
     seed = utils.derive_seed("search", search.seed, number)
     drawn = random_samples(space, seed)
@@ -239,16 +245,15 @@ def draw_trial(
         config = configuration(sample, base)
         try:
             check_size(config, search)
+            check_config(config)
+            return sample, rejected
         except InputError as error:
             reason = first_line(error)
-            continue
-        check_config(config)
-        return sample, rejected
     cost = f" and up to {search.max_macs:,} MACs" if search.max_macs else ""
     raise InputError(
-        f"min_params: none of {MAX_REJECTED:,} samples has {search.min_params:,} to"
-        f" {search.max_params:,} parameters{cost} (the last one: {reason}); give wider limits, or"
-        " widen SPACE in trials.py"
+        f"min_params: none of {MAX_REJECTED:,} samples can be trained and has"
+        f" {search.min_params:,} to {search.max_params:,} parameters{cost} (the last one:"
+        f" {reason}); give wider limits, or widen SPACE in trials.py"
     )
 
 

@@ -87,6 +87,11 @@ BAD_LINES = [
     ("train.py demo --train-size 1439", ["train_size", "1439", "or 10 to 1,428"]),
     ("train.py demo --batch-size 1439", ["batch_size", "1439", "1,438", "use 1 to 1,438"]),
     ("train.py demo --val-size 1400 --batch-size 39", ["batch_size", "39", "use 1 to 38"]),
+    (
+        "train.py demo --num-blocks 1 1 1 1 --c1 24 --width 1 --stem whitening --downsample pool"
+        " --pool-kernel 1 --batch-size 1437",
+        ["batch_size", "1437", "one image", "one pixel"],
+    ),
     ("train.py --no-download", ["data_dir", "cifar-10-python.tar.gz", "train.py demo"]),
     ("train.py --no-download --data-dir x/y", ["data_dir", "x/y", "cifar-10-python.tar.gz"]),
     # the recipe

@@ -130,6 +130,8 @@ def test_without_test_images_the_rest_is_the_same_and_their_file_is_not_read(tin
         assert (len(found.train), len(found.val), len(found.test)) == (80, 20, 0)
         assert torch.equal(found.val.images, whole.val.images)
         assert found.fingerprint != whole.fingerprint
+        assert whole.is_known_as(found.fingerprint)  # the same images, as far as that run read any
+        assert not found.is_known_as(whole.fingerprint)
     digits = load_dataset("digits", test=False)
     assert len(digits.test) == 0
     assert torch.equal(digits.train.labels, load_dataset("digits").train.labels)

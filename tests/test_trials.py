@@ -97,11 +97,18 @@ def test_limits_of_a_size_hold():
 def test_no_network_of_the_wanted_size_is_told_in_one_line(monkeypatch):
     monkeypatch.setattr("trials.MAX_REJECTED", 5)
     trials = found(SPACE | {"num_blocks": (1, 2), "c1": range(2, 9)}, max_macs=99)
-    words = (
-        r"none of 5 samples has 0 to 5,000,000 parameters and up to 99 MACs \(.*too many\); give"
-    )
+    words = r"none of 5 samples .* 0 to 5,000,000 parameters and up to 99 MACs \(.*too many\); give"
     with pytest.raises(utils.InputError, match=words):
         trials.draw(1)
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "demo"])
+def test_every_preset_can_be_searched_from(preset):
+    trials = found(SPACE, preset, epochs=30)
+    for number in range(1, 11):
+        sample, _ = draw_trial(trials.search, trials.base, SPACE, number, [])
+        check_config(configuration(sample, trials.base))
+    assert trials.base.warmup_epochs == (4 if preset == "best" else 0)  # 27 of 180 epochs, of 30
 
 
 def test_learning_rates_are_log_uniform():
