@@ -125,7 +125,8 @@ class Classical:
     def __init__(self, config: Config) -> None:
         from torchvision import transforms
 
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.accelerator.current_accelerator(check_available=True)
+        self.device = self.device or torch.device("cpu")
         self.pixels = noise(50_000).train.images.permute(0, 2, 3, 1).contiguous().numpy()
         self.data = noise(max(BATCH_SIZES))
         self.model = ResNet(config).to(self.device)
@@ -274,8 +275,8 @@ def memory_peak() -> int:
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 class Worker:
