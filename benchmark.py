@@ -125,8 +125,9 @@ class Classical:
     def __init__(self, config: Config) -> None:
         from torchvision import transforms
 
-        self.device = torch.accelerator.current_accelerator(check_available=True)
-        self.device = self.device or torch.device("cpu")
+        on_mac = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if on_mac else "cpu"
+        self.device = torch.device(name)
         self.pixels = noise(50_000).train.images.permute(0, 2, 3, 1).contiguous().numpy()
         self.data = noise(max(BATCH_SIZES))
         self.model = ResNet(config).to(self.device)
