@@ -233,6 +233,7 @@ def make_dataset(
     """The Dataset of these splits, nothing set aside for validation yet."""
     test = train[:0] if test is None else test
     class_names, mean, std = FACTS[name]
+    train_fingerprint, whole_fingerprint = fingerprints(train, test)
     return Dataset(
         name=name,
         class_names=tuple(class_names),
@@ -241,9 +242,9 @@ def make_dataset(
         train=train,
         val=train[:0],
         test=test,
-        fingerprint=fingerprint(train, test),
+        fingerprint=whole_fingerprint,
         unofficial=unofficial,
-        train_fingerprint=fingerprint(train),
+        train_fingerprint=train_fingerprint,
     )
 
 
@@ -284,10 +285,14 @@ def stratified(split: Split, size: int) -> tuple[Split, Split]:
     return split[np.sort(rest)], split[np.sort(held_out)]
 
 
-def fingerprint(*splits: Split) -> str:
-    """SHA-256 of images and labels: the same for the archive and the binary layout."""
-    digest = hashlib.sha256()
+def fingerprints(*splits: Split) -> list[str]:
+    """SHA-256 of images and labels, of the first split, of the first two, and so on.
+
+    The same for the archive and the binary layout.
+    """
+    digest, found = hashlib.sha256(), []
     for split in splits:
         digest.update(split.images.numpy())
         digest.update(split.labels.to(torch.uint8).numpy())
-    return digest.hexdigest()
+        found.append(digest.hexdigest())
+    return found

@@ -118,7 +118,8 @@ def test_archive_and_binary_layout_are_the_same_data(tiny_cifar10):
     assert torch.equal(archive.test.labels, binary.test.labels)
     assert archive.fingerprint == binary.fingerprint
     changed = replace(binary.test, labels=(binary.test.labels + 1) % 10)
-    assert data.fingerprint(binary.train, changed) != binary.fingerprint
+    assert data.fingerprints(binary.train, binary.test)[-1] == binary.fingerprint
+    assert data.fingerprints(binary.train, changed)[-1] != binary.fingerprint
 
 
 def test_without_test_images_the_rest_is_the_same_and_their_file_is_not_read(tiny_cifar10):

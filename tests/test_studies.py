@@ -46,22 +46,23 @@ def test_table_holds_the_mean_of_the_seeds_beside_the_base(monkeypatch, capsys):
 
 def test_page_of_fast_has_the_results_of_the_ablation():
     page = (ROOT / "docs/fast.md").read_text(encoding="utf-8")
-    rows = utils.read_csv(ROOT / "studies/ablation.csv")
-    assert {row["change"] for row in rows} == set(ablation.CHANGES)
-    for change in ablation.CHANGES:
-        found = [row for row in rows if row["change"] == change]
+    for found in runs("ablation", "change", ablation.CHANGES).values():
         assert [row["seed"] for row in found] == list(ablation.SEEDS)
         assert f"| {found[0]['epochs']} | {mean_of(found)} |" in page
 
 
 def test_page_of_fast_has_the_results_of_the_levers():
     page = (ROOT / "docs/fast.md").read_text(encoding="utf-8")
-    rows = utils.read_csv(ROOT / "studies/levers.csv")
-    assert {row["lever"] for row in rows} == set(levers.LEVERS)
-    for lever in levers.LEVERS:
-        found = [row for row in rows if row["lever"] == lever]
+    for lever, found in runs("levers", "lever", levers.LEVERS).items():
         assert [row["seed"] for row in found] == list(range(len(found)))
         assert re.search(rf"\| {re.escape(mean_of(found))} \|.* `{re.escape(lever)}` \|", page)
+
+
+def runs(study, column, names):
+    """The rows of a study by what they changed, which is each of `names` and nothing else."""
+    rows = utils.read_csv(ROOT / f"studies/{study}.csv")
+    assert {row[column] for row in rows} == set(names)
+    return {name: [row for row in rows if row[column] == name] for name in names}
 
 
 def mean_of(rows):
