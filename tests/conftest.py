@@ -9,8 +9,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+# Tests on all cores at once: none of them, nor a script it runs, may take all for itself.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
+from PIL import Image
 
 import data
 from config import PRESETS
@@ -19,7 +24,17 @@ ROOT = Path(__file__).resolve().parent.parent
 HAS_CIFAR10 = any(
     (ROOT / "data" / name).is_dir() for name in (data.BINARY_FOLDER, "cifar-10-batches-py")
 )
-TINY = replace(PRESETS["demo"], name="tiny", epochs=3, max_steps_per_epoch=3, wandb="disabled")
+TINY_LINE = (
+    "demo --name tiny --batch-size 16 --epochs 3 --max-steps-per-epoch 3 --wandb disabled".split()
+)
+TINY = replace(
+    PRESETS["demo"],
+    name="tiny",
+    batch_size=16,
+    epochs=3,
+    max_steps_per_epoch=3,
+    wandb="disabled",
+)
 
 # A script leaves a signal ignored that it inherits so; under nohup or in a shell's background the
 # tests would hand theirs down.
@@ -47,6 +62,16 @@ def empty_folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def blank_figures(monkeypatch):
+    """Figures are made but not rendered: that would take longer than a tiny training."""
+
+    def save_blank(figure, path, **options):
+        Image.new("L", (1, 1)).save(path, "PNG")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", save_blank)
+
+
+@pytest.fixture(autouse=True)
 def own_wandb_service():
     """End the service that W&B started in this process: the next test's scripts would join it."""
     yield
@@ -64,9 +89,9 @@ def tiny():
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
-    """The README's first command, in W&B's offline mode: its run folder and what it printed."""
+    """The README's first command, but of 6 epochs and with W&B offline: its folder and output."""
     folder = tmp_path_factory.mktemp("demo")
-    result = run("train.py", "demo", "--wandb", "offline", cwd=folder)
+    result = run("train.py", "demo", "--epochs", 6, "--wandb", "offline", cwd=folder)
     assert result.returncode == 0, result.stderr
     return folder / "checkpoints" / "demo", result.stdout
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, Bomb, command, run, run_main
+from conftest import ROOT, TINY, TINY_LINE, Bomb, command, run, run_main
 
 import checkpoint
 import data
@@ -324,8 +324,8 @@ def test_bad_state_to_resume(finished, damage, monkeypatch, capsys):
     for name in ("last.pt", "previous.pt"):
         damage(Path("checkpoints/tiny", name))
     capsys.readouterr()
-    line = "demo --name tiny --epochs 3 --max-steps-per-epoch 3 --wandb disabled --resume"
-    check_refusal("train.py", line.split(), ["resume", "last.pt", "; "], monkeypatch, capsys)
+    line = [*TINY_LINE, "--resume"]
+    check_refusal("train.py", line, ["resume", "last.pt", "; "], monkeypatch, capsys)
 
 
 def test_state_whose_tensors_do_not_fit(finished, monkeypatch, capsys):
@@ -334,19 +334,18 @@ def test_state_whose_tensors_do_not_fit(finished, monkeypatch, capsys):
     state["learner"]["model"]["linear.weight"] = torch.ones(3, 3)
     checkpoint.save_state(path, state)
     capsys.readouterr()
-    line = "demo --name tiny --epochs 3 --max-steps-per-epoch 3 --wandb disabled --resume"
-    check_refusal("train.py", line.split(), ["resume", "last.pt", "; "], monkeypatch, capsys)
+    line = [*TINY_LINE, "--resume"]
+    check_refusal("train.py", line, ["resume", "last.pt", "; "], monkeypatch, capsys)
 
 
 def test_run_is_not_overwritten_nor_resumed_as_another(finished, monkeypatch, capsys):
     capsys.readouterr()
-    same = "demo --name tiny --epochs 3 --max-steps-per-epoch 3 --wandb disabled".split()
     words = ["name", "checkpoints/tiny", "--resume", "--overwrite", "another --name"]
-    check_refusal("train.py", same, words, monkeypatch, capsys)
+    check_refusal("train.py", TINY_LINE, words, monkeypatch, capsys)
     words = ["lr", "0.2", "0.1", "another --name"]
-    check_refusal("train.py", [*same, "--resume", "--lr", "0.2"], words, monkeypatch, capsys)
+    check_refusal("train.py", [*TINY_LINE, "--resume", "--lr", "0.2"], words, monkeypatch, capsys)
     words = ["c1", "9", "8", "another --name"]
-    check_refusal("train.py", [*same, "--resume", "--c1", "9"], words, monkeypatch, capsys)
+    check_refusal("train.py", [*TINY_LINE, "--resume", "--c1", "9"], words, monkeypatch, capsys)
 
 
 def test_run_folder_that_cannot_be_made(monkeypatch, capsys):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Bomb, command, run, run_main
+from conftest import ROOT, TINY_LINE, Bomb, command, run, run_main
 from faults import SMALL
 
 import checkpoint
@@ -35,9 +35,7 @@ from utils import InputError, StoppedError
 from weights import load_model
 
 FOLDER = Path("checkpoints/tiny")
-LINE = (
-    "demo --name tiny --epochs 3 --max-steps-per-epoch 3 --wandb disabled --save-minutes 0".split()
-)
+LINE = [*TINY_LINE, "--save-minutes", "0"]
 
 
 def weights(folder=FOLDER):
@@ -210,22 +208,23 @@ def test_run_goes_on_among_its_smaller_images_and_among_the_others(step, tiny, a
 @pytest.mark.parametrize("moment", ["last epoch", "finish", "before its first step"])
 def test_signal_stops_before_the_next_seed(moment, tiny, at_step, monkeypatch, capfd):
     interrupt = partial(os.kill, os.getpid(), signal.SIGINT)
-    if moment == "last epoch":
-        monkeypatch.setattr(checkpoint.Checkpointer, "after_step", lambda self: None)
-        at_step(9, interrupt)
-    elif moment == "finish":
-        finish = checkpoint.Checkpointer.finish
-        monkeypatch.setattr(
-            checkpoint.Checkpointer, "finish", lambda *args: (interrupt(), finish(*args))
-        )
-    else:  # while the second network's data is loaded
-        loads = itertools.count(1)
-        monkeypatch.setattr(
-            train_script,
-            "load_dataset",
-            lambda *args: (next(loads) == 2 and interrupt(), load_dataset(*args))[1],
-        )
-    assert run_main(main, *LINE, "--seeds", 3, monkeypatch=monkeypatch) == 130
+    with monkeypatch.context() as patch:
+        if moment == "last epoch":
+            patch.setattr(checkpoint.Checkpointer, "after_step", lambda self: None)
+            at_step(9, interrupt)
+        elif moment == "finish":
+            finish = checkpoint.Checkpointer.finish
+            patch.setattr(
+                checkpoint.Checkpointer, "finish", lambda *args: (interrupt(), finish(*args))
+            )
+        else:  # while the second network's data is loaded
+            loads = itertools.count(1)
+            patch.setattr(
+                train_script,
+                "load_dataset",
+                lambda *args: (next(loads) == 2 and interrupt(), load_dataset(*args))[1],
+            )
+        assert run_main(main, *LINE, "--seeds", 3, monkeypatch=patch) == 130
     errors = capfd.readouterr().err.splitlines()
     assert errors[0] == "SIGINT: stopping after this step; again to stop at once"
     assert errors[1].startswith("stopped by SIGINT ")
@@ -235,7 +234,6 @@ def test_signal_stops_before_the_next_seed(moment, tiny, at_step, monkeypatch, c
     assert begun == ({"tiny-0", "tiny-1"} if moment.startswith("before") else {"tiny-0"})
     if moment.startswith("before"):
         assert where(checkpoint.load_state(Path("checkpoints/tiny-1/last.pt"))) == (0, 1)
-    monkeypatch.undo()
     assert run_main(main, *LINE, "--seeds", 3, "--resume", monkeypatch=monkeypatch) == 0
     assert "3 seeds: test accuracy" in capfd.readouterr().out
 

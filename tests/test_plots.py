@@ -15,6 +15,11 @@ from studies import figures as readme
 
 
 @pytest.fixture
+def blank_figures():
+    """Here they are rendered."""
+
+
+@pytest.fixture
 def figures(monkeypatch):
     """The figures that were saved."""
     saved = []

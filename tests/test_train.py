@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_main
+from conftest import ROOT, TINY_LINE, run_main
 from faults import FAST, SMALL
 from torch.nn import functional as F
 
@@ -106,7 +106,7 @@ def test_training_is_sgd_on_the_mean_cross_entropy(tiny, nesterov):
     expected = ResNet(config).to(memory_format=torch.channels_last)
     velocity = [torch.zeros_like(p) for p in expected.parameters()]
     augmentation = Augmentation(0, "zeros", config.rotation_degrees, "none", 0)
-    batches = train_batches(load_dataset("digits"), augmentation, 64, 0, 1)
+    batches = train_batches(load_dataset("digits"), augmentation, config.batch_size, 0, 1)
     for _ in range(2):
         images, labels, _ = next(batches)
         loss = F.cross_entropy(expected(images), labels)
@@ -117,7 +117,7 @@ def test_training_is_sgd_on_the_mean_cross_entropy(tiny, nesterov):
                 v.mul_(config.momentum).add_(g)
                 p.sub_(config.lr * (g + config.momentum * v if nesterov else v))
     for name, tensor in expected.state_dict().items():
-        torch.testing.assert_close(trained.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(trained.state_dict()[name], tensor, rtol=1e-4, atol=1e-4)
 
 
 def test_images_of_best_are_augmented_as_its_constants_say():
@@ -256,10 +256,15 @@ def test_first_loss_of_tpsnet_is_near_ln_10_and_gradients_reach_every_parameter(
 # ---------------------------------------------------------------- a run, as a newcomer sees it
 
 
-def test_demo_reaches_97_percent_and_says_what_to_run_next(demo):
+@pytest.mark.slow
+def test_demo_is_as_accurate_as_it_claims():
+    assert train(replace(PRESETS["demo"], wandb="disabled"))[1].accuracy >= 99
+
+
+def test_demo_learns_and_says_what_to_run_next(demo):
     folder, output = demo
     _, info = load_model(folder / "model.safetensors")
-    assert info["accuracy"]["test"] >= 97
+    assert info["accuracy"]["test"] >= 95
     last_line = output.splitlines()[-1]
     assert last_line == "next: python test.py checkpoints/demo/model.safetensors"
     assert f"test accuracy: {info['accuracy']['test']:.2f}% (" in output
@@ -272,12 +277,14 @@ def test_run_folder_holds_what_the_readme_promises(demo):
     assert not [name for name in names if name.startswith(".")]  # no temporary left behind
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     config = json.loads((folder / "config.json").read_text())
-    assert config == json.loads(json.dumps(asdict(replace(PRESETS["demo"], wandb="offline"))))
+    assert config == json.loads(
+        json.dumps(asdict(replace(PRESETS["demo"], epochs=6, wandb="offline")))
+    )
     rows = utils.read_csv(folder / "log.csv")
     assert list(rows[0]) == [
         "epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds",
     ]  # fmt: skip
-    assert [row["epoch"] for row in rows] == list(range(1, 16))
+    assert [row["epoch"] for row in rows] == list(range(1, 7))
     assert rows[0]["train_loss"] > rows[-1]["train_loss"]
     state = load_state(folder / "last.pt")
     assert set(state) == {"config", "data_fingerprint", "learner", "metrics"}
@@ -296,7 +303,7 @@ def test_model_file_explains_itself(demo):
     assert tuple(info["std"]) == digits.std
     assert info["class_names"] == list("0123456789")
     assert info["data_fingerprint"] == digits.fingerprint
-    assert info["epochs"] == 15
+    assert info["epochs"] == 6
     assert info["seed"] == 0
     assert info["versions"]["torch"] == torch.__version__
     assert info["git_commit"] == utils.git_commit()
@@ -498,7 +505,7 @@ def test_seeds_that_come_to_the_same_have_an_interval_too(tiny, monkeypatch, cap
 
 def test_seeds_go_on_where_they_were_cut_off(tiny, monkeypatch, capsys):
     config = replace(tiny, seeds=2, epochs=2)
-    line = "demo --name tiny --seeds 2 --epochs 2 --max-steps-per-epoch 3 --wandb disabled".split()
+    line = [*TINY_LINE, "--seeds", "2", "--epochs", "2"]
     train(replace(config, name="tiny-0", seeds=1))
     log = read_log("tiny-0")
     assert run_main(main, *line, monkeypatch=monkeypatch) == 2  # nothing is overwritten
