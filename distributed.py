@@ -23,8 +23,9 @@ def init_processes(deterministic: bool = False) -> torch.device:
     """The device of this process, which joins the others that torchrun started, if it did.
 
     CUDA, then MPS, then the CPU, whichever is there; NCCL between CUDA devices, else Gloo. Float32
-    matrix products may use TF32, and cuDNN times its algorithms, since every batch has the same
-    shape; unless they are to be `deterministic` (pytorch.org/docs/stable/notes/randomness.html).
+    products and convolutions may use TF32, and cuDNN times its algorithms for each of the few
+    shapes of a batch; unless kernels are to be `deterministic`
+    (pytorch.org/docs/stable/notes/randomness.html).
 
     Raises:
         InputError: what torchrun sets in the environment is incomplete or not a number.

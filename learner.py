@@ -142,13 +142,14 @@ class Proxy:
             with torch.set_grad_enabled(learns):
                 losses = self.criterion(self.learner.forward(images), labels)
                 losses, chosen = losses.topk(self.kept(len(labels)))
-            if learns:
-                self.learner.update(losses.mean())
-            else:
-                self.learner.steps += 1
             processes = distributed.num_processes()
             shares = (len(range(rank, n, processes)) for rank in range(processes))
-            yield images[chosen], labels[chosen], sum(map(self.kept, shares))
+            n = sum(map(self.kept, shares))
+            if learns:
+                self.learner.update(losses.sum() * processes / n)  # scaled as in Learner.step
+            else:
+                self.learner.steps += 1
+            yield images[chosen], labels[chosen], n
 
     def kept(self, num_images: int) -> int:
         """How many of `num_images` are trained on, at least one."""

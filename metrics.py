@@ -44,8 +44,8 @@ def evaluate(
 ) -> Tensor:
     """Logits of every image, (N, num_classes) float32, on the images' device.
 
-    Under torchrun each process takes every n-th batch and all get all logits, the same to the
-    last bit for any number of processes.
+    Under torchrun each process takes every n-th batch and all get all logits: on CPUs the same to
+    the last bit for any number of processes, since the batches are the same.
 
     Args:
         model: a `ResNet`; evaluated in eval mode, and put back into the mode that it was in.

@@ -449,6 +449,23 @@ def test_proxy_learns_from_every_fourth_batch(tiny):
     assert changed == [True, False, False, False, True, False, False, False, True]
 
 
+def test_proxies_of_two_processes_learn_from_the_mean_over_all_that_is_kept(tiny, monkeypatch):
+    """Of 21 images one has 11 and keeps 6, the other has 10 and keeps 5."""
+    proxy, batches = make_proxy(tiny, 0.5)
+    images, labels, _ = batches[0]
+    monkeypatch.setattr(distributed, "num_processes", lambda: 2)
+    learned, kept = [], []
+    monkeypatch.setattr(proxy.learner, "update", lambda loss: learned.append(loss.item()))
+    for share, number in ((slice(0, 21, 2), 6), (slice(1, 21, 2), 5)):
+        losses = F.cross_entropy(
+            proxy.learner.model(images[share]), labels[share], reduction="none"
+        )
+        kept += losses.topk(number).values.tolist()
+        (batch,) = proxy.hardest([(images[share], labels[share], 21)])
+        assert (len(batch[0]), batch[2]) == (number, 11)
+    assert sum(learned) / 2 == pytest.approx(sum(kept) / 11)
+
+
 @pytest.fixture
 def sizes(monkeypatch):
     """A list that gets the side of the images of every training step."""
