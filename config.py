@@ -103,7 +103,7 @@ class Run:
     save_minutes: Annotated[float, Range(0, 1e6)] = 5.0
     """Minutes between saves of the training state, beside those at epochs' ends; 0: each step."""
     compile: bool = False
-    """Run the network through torch.compile (it rounds otherwise): faster on a GPU, in a minute."""
+    """Run the network through torch.compile, which rounds otherwise; not tried on a GPU yet."""
     data_dir: str = "data"
     """Folder that holds CIFAR-10, or receives it."""
     download: bool = True

@@ -36,7 +36,7 @@ MAX_PARAMS = 5_000_000  # the project's budget
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a network is built from: the paper's six free choices and four more.
+    """What a network is built from: the paper's six free choices and five more.
 
     The defaults are TPSNet. Stage i (from 0) has `width * c1 * 2**i` channels.
     """

@@ -2,7 +2,7 @@
 
     python train.py                              # TPSNet: 300 epochs of the paper's recipe
     python train.py model1 --epochs 30 --lr 0.1  # another preset, any constant overridden
-    python train.py demo                         # handwritten digits, no download, a minute
+    python train.py demo                         # handwritten digits, no download, two minutes
     python train.py --config best.json           # the constants that search.py or a run wrote
     torchrun --nproc-per-node 4 train.py         # one process per GPU
 

@@ -77,8 +77,8 @@ def load_model(path: str | Path) -> tuple[ResNet, dict[str, object]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise InputError(
-            f"checkpoint: {path} does not exist; train one (`python train.py demo` takes a"
-            " minute), or name another"
+            f"checkpoint: {path} does not exist; train one (`python train.py demo` takes"
+            " two minutes), or name another"
         ) from None
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise InputError(

@@ -2,7 +2,7 @@
 
     python -m studies.levers    # 30 runs; goes on where it was cut off
 
-Validation accuracy at half the preset's width, a quarter of its cost, and its full number of steps,
+Validation accuracy at half the preset's width, a third of its cost, and its full number of steps,
 since what regularises changes sign with them. A lever that pays becomes a constant of config.py;
 what the others need in code is here alone. A row of levers.csv for each run.
 

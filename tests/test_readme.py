@@ -12,7 +12,8 @@ import train as train_script
 import utils
 from config import PRESETS, check_config, record
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "checkpoints/fast.md"]
+FOLDERS = [ROOT / name for name in ("docs", "checkpoints", "studies")]
+PAGES = [ROOT / "README.md", *(page for one in FOLDERS for page in sorted(one.rglob("*.md")))]
 README, *DOCS = TEXTS = [page.read_text(encoding="utf-8") for page in PAGES]
 TEXT = "\n".join(TEXTS).replace("HOST:PORT", "127.0.0.1:9").replace("path/to/TPSNet", str(ROOT))
 SHELL = "\n".join(re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL))

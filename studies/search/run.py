@@ -23,7 +23,7 @@ from config import CHECKPOINTS
 from metrics import Row
 from trials import SPACE, LogUniform, Search, Space
 
-# Narrower than search.py's: an image costs these networks a third of the multiplications that it
+# Narrower than search.py's: an image costs these networks a quarter of the multiplications that it
 # costs those, and no trial spends its few steps on a rate from which nothing is learned in them.
 NARROWED = SPACE | {
     "num_blocks": range(1, 8),
