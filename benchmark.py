@@ -369,6 +369,7 @@ def benchmark(
         raise InputError("platform: Windows does not report peak memory; use Linux or macOS")
     config = replace(PRESETS[preset], compile=compile)
     utils.check_integer("batch_size", batch_size, 0, int(50_000 * config.keep_fraction))
+    utils.check_output("json", json)
     batch_size = batch_size or round(config.keep_fraction * config.batch_size)
     device = init_processes()
     dtype = compute_dtype(device, config.bfloat16)

@@ -286,7 +286,10 @@ class Checkpointer:
             self.save()
             self.write_model()
         if is_main():
-            write_csv(self.folder / "log.csv", self.metrics.log)
+            try:
+                write_csv(self.folder / "log.csv", self.metrics.log)
+            except InputError as error:  # on Windows, of a spreadsheet that shows it
+                warn(str(error))
             self.metrics.print_epoch()
         self.end_if_asked(number)
 

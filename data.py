@@ -113,12 +113,13 @@ def load_dataset(
     """
     if name not in FACTS:
         raise InputError(f"dataset: {name!r} is not one of {', '.join(FACTS)}")
+    data_dir = Path(data_dir).expanduser()  # torchvision would, for its download alone
     if name == "digits":
         dataset = load_digits(test)
-    elif Path(data_dir, BINARY_FOLDER).is_dir():
-        dataset = load_cifar10_binary(Path(data_dir, BINARY_FOLDER), test)
+    elif (data_dir / BINARY_FOLDER).is_dir():
+        dataset = load_cifar10_binary(data_dir / BINARY_FOLDER, test)
     else:
-        dataset = load_cifar10_archive(Path(data_dir), download, test)
+        dataset = load_cifar10_archive(data_dir, download, test)
     return take_training(split_validation(dataset, val_size), train_size)
 
 

@@ -28,7 +28,8 @@ def init_processes(deterministic: bool = False) -> torch.device:
     (pytorch.org/docs/stable/notes/randomness.html).
 
     Raises:
-        InputError: what torchrun sets in the environment is incomplete or not a number.
+        InputError: what torchrun sets in the environment is incomplete or not a number, or it
+            started more processes than there are GPUs.
     """
     keep_freed_memory()
     torch.use_deterministic_algorithms(deterministic)
@@ -41,7 +42,18 @@ def init_processes(deterministic: bool = False) -> torch.device:
     local, world_size = local_rank(), from_environment("WORLD_SIZE", "1")
     if world_size > 1:
         from_environment("MASTER_PORT")
+        from_environment("RANK")
+        if not os.environ.get("MASTER_ADDR"):
+            raise InputError(
+                "MASTER_ADDR: missing in the environment; start several processes with torchrun"
+            )
     if torch.cuda.is_available():
+        processes = from_environment("LOCAL_WORLD_SIZE", str(local + 1))
+        if processes > (found := torch.cuda.device_count()):
+            raise InputError(
+                f"LOCAL_WORLD_SIZE: {processes} processes for {found} GPUs; use --nproc-per-node"
+                f" {found}"
+            )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     elif torch.backends.mps.is_available() and world_size == 1:
@@ -224,10 +236,10 @@ class StopSignals:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._outer:
-            self._outer.received = self._outer.received or self.received
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._outer:
+            self._outer.received = self._outer.received or self.received
 
     def raise_if_received(self, where: str, number: int | None = None) -> None:
         """Raise StoppedError if a signal was received, by any process; `where` ends its message.

@@ -125,9 +125,10 @@ def export(
         "checkpoint_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
     }
 
-    name = path.stem if path.name != "model.safetensors" else path.parent.name
+    name = path.stem if path.name != "model.safetensors" else path.resolve().parent.name
     print(
-        f"{path.as_posix()} on {len(test):,} test images; time per image on one thread\n\n{HEADER}",
+        f"{utils.printable(path.as_posix())} on {len(test):,} test images; time per image on one"
+        f" thread\n\n{HEADER}",
         flush=True,
     )
     eager = partial(open_eager, network)
@@ -145,21 +146,20 @@ def export(
         drop = verdicts[0].accuracy - verdict.accuracy
         allowed = MAX_DIFFERENCE * max(1, expected.abs().max().item())
         if drop > max_drop:
-            refused.append(f"{kind} loses {drop:.2f} points")
+            refused.append(f"max_drop: {kind} loses {drop:.2f} points, {max_drop:g} are allowed")
         elif not kind.endswith("int8") and verdict.difference > allowed:
-            refused.append(f"{kind} differs by {verdict.difference:.1e}")
+            refused.append(
+                f"format: {kind} differs by {verdict.difference:.1e}, more than rounding"
+            )
         else:
             files.append(out / file_name(name, kind))
             with utils.atomic_path(files[-1]) as temporary:
                 temporary.write_bytes(content)
     print()
     for file in files:
-        print(f"file: {file.as_posix()}")
+        print(f"file: {utils.printable(file.as_posix())}")
     if refused:
-        raise InputError(
-            f"max_drop: {', '.join(refused)}, more than {max_drop:g} allows; not written: take"
-            " another format, or allow more"
-        )
+        raise InputError(f"{'; '.join(refused)}; not written: take another format")
     return verdicts
 
 

@@ -51,7 +51,11 @@ def _import_ours(name: str) -> _Module:
     """One of our scripts, as `tpsnet_NAME`, whatever `utils` or `model` the user has loaded.
 
     The scripts import each other by their plain names, so those of the user step aside meanwhile.
+    Once for all networks: of two copies of a class pickle knows only one.
     """
+    before = _sys.modules.get(f"tpsnet_{name}")
+    if before and _Path(before.__file__).resolve().parent == _FOLDER:
+        return before
     ours = {path.stem for path in _FOLDER.glob("*.py")}
     theirs = {name: _sys.modules.pop(name) for name in ours & _sys.modules.keys()}
     _sys.path.insert(0, str(_FOLDER))

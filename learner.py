@@ -106,6 +106,10 @@ class Learner:
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
+            for weight, kept in optimizer.state.items():
+                for name, value in kept.items():  # laid out as the weight is: fused updates
+                    if isinstance(value, Tensor) and value.shape == weight.shape:  # go by place
+                        kept[name] = torch.empty_like(weight).copy_(value)
         if self.ema:
             self.ema.load_state_dict(state["ema"])
         self.steps = state["steps"]

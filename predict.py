@@ -170,7 +170,8 @@ def find_pictures(arguments: tuple[str, ...]) -> list[str]:
             if not found:
                 raise InputError(f"images: {argument!r} does not exist, and matches no file")
             for path in map(Path, found):
-                files += pictures_in(path) if path.is_dir() else [str(path)]
+                name = str(path) if str(path) != "-" else os.path.join(".", "-")  # noqa: PTH118
+                files += pictures_in(path) if path.is_dir() else [name]
     return files
 
 
@@ -180,8 +181,8 @@ def pictures_in(folder: Path) -> list[str]:
     Raises:
         InputError: there are none.
     """
-    formats = Image.registered_extensions()
-    suffixes = {suffix for suffix, kind in formats.items() if kind in Image.OPEN} | HEIC_SUFFIXES
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in kinds()}
+    suffixes |= HEIC_SUFFIXES
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     files = [path for path in files if not is_hidden(path.relative_to(folder))]
     pictures = [path for path in files if path.suffix.lower() in suffixes]
@@ -237,13 +238,19 @@ def read_picture(stream: io.BufferedIOBase, resize: str = "crop") -> Tensor:
     is_heic = start[4:8] == b"ftyp" and start[8:12] in HEIC_BRANDS
     if is_heic and not heic_support():
         raise ValueError("HEIC needs `pip install pillow-heif`")
-    image = to_rgb(Image.open(stream))
+    image = to_rgb(Image.open(stream, formats=kinds()))
     if resize == "crop":
         side = min(image.size)
         left, upper = ((length - side) // 2 for length in image.size)
         image = image.crop((left, upper, left + side, upper + side))
     image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def kinds() -> list[str]:
+    """What Pillow can read, but for EPS: that is a program, which it has Ghostscript run."""
+    Image.init()
+    return [kind for kind in Image.OPEN if kind != "EPS"]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -68,7 +68,14 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     """
     import torch
 
-    from utils import DivergenceError, InputError, SearchError, StoppedError, print_error
+    from utils import (
+        DivergenceError,
+        InputError,
+        SearchError,
+        StoppedError,
+        first_line,
+        print_error,
+    )
 
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -81,6 +88,9 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     except (InputError, DivergenceError, SearchError) as error:
         print_error(f"error: {error}")
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except torch.OutOfMemoryError as error:  # of a GPU
+        print_error(f"error: batch_size: {first_line(error)}; use a smaller one, or a free GPU")
+        sys.exit(2)
     except StoppedError as stop:
         print_error(str(stop))
         sys.exit(128 + stop.number)

@@ -193,7 +193,7 @@ def epoch_batches(
 
 def image_size(config: Config, epoch: int) -> int:
     """Side of the images of an epoch, which is counted from 1, in pixels."""
-    small = epoch <= config.small_fraction * config.epochs
+    small = epoch <= round(config.small_fraction * config.epochs, 6)  # .29 x 100 is below 29
     return config.small_size if small else IMAGE_SIZE
 
 
@@ -204,7 +204,7 @@ def train_seeds(config: Config) -> list[Score]:
     Student's t. With `resume`, a run that was cut off goes on and a finished one is only tested.
 
     Raises:
-        InputError: one of them cannot be trained; nothing was written.
+        InputError: one of them cannot be trained; or a disk is full.
         DivergenceError: a loss is no longer finite; the runs before it are whole.
         StoppedError: a signal asked to end; --resume goes on.
     """

@@ -167,9 +167,11 @@ def atomic_path(path: str | Path, keep: Path | None = None) -> Iterator[Path]:
 
 
 def check_output(name: str, path: str) -> None:
-    """Raise InputError, naming the option, if a file to write is a folder; none is an empty one."""
+    """Raise InputError, naming the option, if `path`, unless it is empty, must not be replaced."""
     if path and Path(path).is_dir():
         raise InputError(f"{name}: {path} is a folder; name a file")
+    if path and (Path(path).is_symlink() or (Path(path).exists() and not Path(path).is_file())):
+        raise InputError(f"{name}: {path} is a link, pipe or device; name a file")
 
 
 def flush_to_disk(path: Path) -> None:

@@ -1,11 +1,12 @@
 """The model file: weights, and all that is needed to use them, in one `.safetensors` file.
 
-It needs PyTorch and safetensors alone, so that an application can load a network by this file,
-model.py and utils.py.
+It needs PyTorch, NumPy and safetensors alone, so that an application can load a network by this
+file, model.py and utils.py.
 """
 
 import hashlib
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from model import Architecture, ResNet
-from utils import InputError, atomic_path, check_number, first_line, from_json
+from utils import TEMPORARY, InputError, atomic_path, check_number, first_line, from_json
 
 FILE_FORMAT = "tpsnet-2"  # marks our files, with the version of their metadata
 TEMPERATURES = (0.05, 20)  # that logits may be divided by, for probabilities to believe
@@ -54,10 +55,13 @@ def check_metadata(metadata: dict[str, object]) -> None:
     """Raise InputError, KeyError or TypeError if a model cannot be used with this metadata."""
     if len(metadata["class_names"]) != metadata["architecture"]["num_classes"]:
         raise InputError("as many class_names as num_classes are needed")
-    for name in ("mean", "std"):
+    texts = *metadata["class_names"], metadata.get("dataset", "")
+    if not all(isinstance(text, str) for text in texts):
+        raise InputError("class_names and dataset must be texts")
+    for name, low in (("mean", 0), ("std", 1e-6)):
         red, green, blue = metadata[name]
         for value in (red, green, blue):
-            check_number(name, value, 0, 255)
+            check_number(name, value, low, 255)
     if (temperature := metadata.get("temperature")) is not None:
         check_number("temperature", temperature, *TEMPERATURES)
 
@@ -76,6 +80,10 @@ def load_model(path: str | Path) -> tuple[ResNet, dict[str, object]]:
             texts = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
+        if os.path.lexists(path):  # safetensors says the same where it may not open a file
+            raise InputError(
+                f"checkpoint: {path} cannot be opened; check its permissions, or name another"
+            ) from None
         raise InputError(
             f"checkpoint: {path} does not exist; train one (`python train.py demo` takes"
             " two minutes), or name another"
@@ -115,7 +123,8 @@ def find_checkpoint(path: Path) -> Path:
     if not path.is_dir():
         return path
     depths = ("", "*/", "*/*/")  # a run, a folder of runs, and of groups of them
-    runs = [run for depth in depths for run in path.glob(f"{depth}model.safetensors")]
+    found = (run for depth in depths for run in path.glob(f"{depth}model.safetensors"))
+    runs = [run for run in found if not run.parent.name.startswith(TEMPORARY)]  # half written
     if runs:
         return max(runs, key=lambda run: run.stat().st_mtime)
     if released := sorted(path.glob("*.safetensors")):

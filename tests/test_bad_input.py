@@ -198,6 +198,40 @@ def test_bad_environment(name, value, monkeypatch, capsys):
     check_refusal("train.py", line, [*words, "in the environment", "torchrun"], monkeypatch, capsys)
 
 
+@pytest.mark.parametrize("missing", ["RANK", "MASTER_ADDR"])
+def test_incomplete_environment(missing, monkeypatch, capsys):
+    whole = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+    for name in whole.keys() - {missing}:
+        monkeypatch.setenv(name, whole[name])
+    words = [missing, "in the environment", "torchrun"]
+    check_refusal("train.py", ["demo", "--wandb", "disabled"], words, monkeypatch, capsys)
+
+
+def test_more_processes_than_gpus(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    words = ["LOCAL_WORLD_SIZE: 3 processes for 2 GPUs", "--nproc-per-node 2"]
+    check_refusal("train.py", ["demo", "--wandb", "disabled"], words, monkeypatch, capsys)
+
+
+def test_too_little_memory_on_a_gpu(monkeypatch, capsys):
+    def full(config):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nAnd more")
+
+    monkeypatch.setattr(train_script, "train", full)
+    words = ["batch_size: CUDA out of memory", "use a smaller one"]
+    check_refusal("train.py", ["demo"], words, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_output_that_must_not_be_replaced(kind):
+    os.mkfifo("pipe")
+    Path("link").symlink_to("other")
+    with pytest.raises(InputError, match=f"json: {kind} is a link, pipe or device; name a file"):
+        utils.check_output("json", kind)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -296,6 +330,26 @@ def test_bad_checkpoint_to_test(finished, damage, monkeypatch, capsys):
     capsys.readouterr()
     words = ["checkpoint", "model.safetensors", "name a model.safetensors that train.py wrote"]
     check_refusal("test.py", [], words, monkeypatch, capsys)
+
+
+def test_model_that_cannot_be_opened():
+    Path("loop.safetensors").symlink_to("loop.safetensors")
+    with pytest.raises(InputError, match=r"checkpoint: loop.safetensors cannot be opened; check"):
+        load_model("loop.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"class_names": [0, 1]}, "class_names and dataset must be texts"),
+        ({"dataset": ["digits"]}, "class_names and dataset must be texts"),
+        ({"std": [0.5, 0, 0.5]}, "std: 0 must be"),
+    ],
+)
+def test_metadata_that_no_script_can_use_is_not_saved(change, words):
+    shown = {"mean": [0.5] * 3, "std": [0.5] * 3, "class_names": ["cat", "dog"], "dataset": "a"}
+    with pytest.raises(InputError, match=words):
+        save_model("m.safetensors", ResNet(Architecture((1,), 2, num_classes=2)), shown | change)
 
 
 def test_training_state_is_no_model_to_test(finished, monkeypatch, capsys):

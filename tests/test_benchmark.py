@@ -111,6 +111,11 @@ def test_the_estimate_stands_above_the_table_and_is_right(fake, capsys, preset, 
     assert not captured.err  # no bar
 
 
+def test_output_is_checked_before_the_measurements():
+    with pytest.raises(InputError, match=r"json: \. is a folder; name a file"):
+        benchmark.benchmark("demo", json=".")
+
+
 def test_the_proxys_work_is_counted(monkeypatch):
     """A step of 16 trained images draws 32, and the proxy looks at all of them."""
     seen, hardest = [], Proxy.hardest

@@ -72,6 +72,11 @@ def test_binary_layout_is_read_whole_and_a_foreign_copy_is_noted(cifar10_bin, ca
     assert "6 of 6 files differ from the official" in warning
 
 
+def test_a_tilde_is_the_home_folder(cifar10_bin, monkeypatch):
+    monkeypatch.setenv("HOME", str(cifar10_bin))
+    assert len(data.load_dataset("cifar10", "~", download=False).test) == 10_000
+
+
 def test_a_file_with_the_official_sha1_is_not_noted(cifar10_bin, capsys, monkeypatch):
     folder = cifar10_bin / data.BINARY_FOLDER
     sha1 = {n: hashlib.sha1((folder / n).read_bytes()).hexdigest() for n in data.BINARY_SHA1}

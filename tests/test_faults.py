@@ -387,6 +387,21 @@ def test_full_disk_stops_with_one_line_and_leaves_the_checkpoint(tiny, monkeypat
     assert train(replace(tiny, resume=True))[1] == whole
 
 
+def test_log_that_another_program_holds_costs_a_warning(tiny, monkeypatch, capsys):
+    """As a spreadsheet on Windows does; it is written again after the next epoch."""
+    write, calls = checkpoint.write_csv, itertools.count(1)
+
+    def refuse_the_second(path, rows):
+        if next(calls) == 2:
+            raise InputError("log.csv: cannot be written")
+        write(path, rows)
+
+    monkeypatch.setattr(checkpoint, "write_csv", refuse_the_second)
+    rows, _ = train(tiny)
+    assert capsys.readouterr().err == "warning: log.csv: cannot be written\n"
+    assert len(log()) == len(rows) == 3
+
+
 @pytest.mark.parametrize("reason", ["its disk is full", "its reader has gone"])
 def test_output_that_cannot_be_written(tiny, monkeypatch, capsys, reason):
     if reason == "its disk is full":

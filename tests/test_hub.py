@@ -71,6 +71,15 @@ def test_hub_gives_the_released_network(name, use):
     )
 
 
+def test_two_networks_live_in_one_process(use):
+    use(
+        "import pickle\n"
+        f"other = torch.hub.load({str(ROOT)!r}, 'tiny', source='local')\n"
+        "assert type(other) is type(network)\n"
+        "assert pickle.loads(pickle.dumps(network)).architecture == network.architecture"
+    )
+
+
 def test_hub_without_pretrained_is_the_same_architecture_with_other_weights(use):
     use(
         f"trained = torch.hub.load({str(ROOT)!r}, 'fast', source='local')\n"

@@ -209,6 +209,11 @@ def test_floating_point_pixels_are_refused_with_the_remedy():
         seen(Image.fromarray(PHOTO[..., 0].astype(np.float32)), format="TIFF")
 
 
+def test_a_file_may_be_called_as_stdin_is():
+    Path("-").touch()
+    assert predict.find_pictures(("./-", "-")) == ["./-", "-"]
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -217,6 +222,7 @@ def test_floating_point_pixels_are_refused_with_the_remedy():
         (["*.tiff"], "'*.tiff' does not exist, and matches no file"),
         (["https://example.com/a.jpg"], "is an address; download the picture first"),
         (["-", "-"], "can be read only once"),
+        (["a.eps"], "1 of the files could not be read"),  # a program for Ghostscript
         (["empty"], "empty holds no picture"),
         (["a.png", "--top", "11"], "top: 11 must be an integer from 1 to 10"),
         (["a.png", "--batch-size", "0"], "batch_size: 0"),
@@ -231,6 +237,7 @@ def test_bad_command_lines_are_refused_before_any_work(
 ):
     Path("empty").mkdir()
     Image.fromarray(PHOTO).save("a.png")
+    Image.fromarray(PHOTO).save("a.eps")
     if "--checkpoint" not in args:
         args = [*args, "--checkpoint", str(checkpoint)]
     assert run_main(predict.main, *args, monkeypatch=monkeypatch) == 2

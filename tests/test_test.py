@@ -12,7 +12,7 @@ from data import load_dataset
 from metrics import CALIBRATION_BINS, Score, calibrate, evaluate, score
 from model import Architecture, ResNet, model_cost
 from test import confusion, main, mcnemar, worst_mistakes
-from utils import InputError
+from utils import TEMPORARY, InputError
 from weights import find_checkpoint, load_model, save_model
 
 
@@ -138,6 +138,11 @@ def test_default_is_the_newest_run_else_a_released_model(tmp_path):
     of_a_group.parent.mkdir(parents=True)
     of_a_group.touch()
     assert find_checkpoint(folder) == find_checkpoint(folder / "group") == of_a_group
+    half_written = folder / "old" / f"{TEMPORARY}x" / "model.safetensors"
+    half_written.parent.mkdir()
+    half_written.touch()
+    assert find_checkpoint(folder) == of_a_group
+    assert find_checkpoint(folder / "old") == folder / "old" / "model.safetensors"
 
 
 def test_figure_that_cannot_be_written_costs_no_result(demo, tmp_path, monkeypatch, capsys):

@@ -226,6 +226,26 @@ def test_average_is_what_is_validated_tested_and_saved(tiny):
     assert read_log("tiny")[-1]["val_loss"] == pytest.approx(val.loss)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+def test_state_of_another_memory_format_is_the_same(tiny, optimizer):
+    """As when a narrow network, whose format depends on the device, moves from a GPU to a CPU."""
+    config = replace(tiny, c1=3, optimizer=optimizer, adam_lr=0.01, bfloat16=False)
+    digits, cpu = load_dataset("digits"), torch.device("cpu")
+    batch = next(train_batches(digits, part_of(config, Augmentation), 8, 0, 1))
+    one, other = (Learner(config, digits, cpu, steps_per_epoch=9) for _ in range(2))
+    one.step(*batch)
+    state = copy.deepcopy(one.state_dict())
+    for kept in state["optimizers"][0]["state"].values():
+        buffer = kept["momentum_buffer"]
+        if buffer.ndim == 4:
+            kept["momentum_buffer"] = buffer.contiguous(memory_format=torch.channels_last)
+    other.load_state_dict(state)
+    for learner in (one, other):
+        learner.step(*batch)
+    for name, tensor in one.model.state_dict().items():
+        assert torch.equal(other.model.state_dict()[name], tensor)
+
+
 @pytest.mark.parametrize(("c1", "last"), [(3, False), (4, True)])
 def test_narrow_network_learns_where_onednn_writes_past_its_memory(tiny, c1, last):
     """As on CPUs with AVX2 alone, where channels that come last crashed the process."""
@@ -484,6 +504,11 @@ def test_small_fraction_of_the_epochs_sees_the_centre_alone(tiny, sizes):
     recipe = FAST | {"keep_fraction": 1.0, "small_fraction": 0.5}
     train(replace(tiny, **recipe, epochs=4, max_steps_per_epoch=2))
     assert sizes == [28] * 4 + [32] * 4
+
+
+def test_a_fraction_of_the_epochs_loses_none_to_rounding(tiny):
+    config = replace(tiny, epochs=100, small_fraction=0.29, small_size=20)  # .29 x 100 < 29
+    assert [train_script.image_size(config, epoch) for epoch in (29, 30)] == [20, 32]
 
 
 def test_recipe_of_best_scales_its_first_images_down(tiny, sizes):
