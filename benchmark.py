@@ -218,7 +218,12 @@ def serve(kind: type, config: Config, connection: Connection) -> None:
     """Answer the parent's requests, each (function, arguments), as long as it lives."""
     threading.Thread(target=end_with_parent, daemon=True).start()
     bare = memory_peak()
-    contestant, streams = kind(config), {}
+    try:
+        contestant, streams = kind(config), {}
+    except InputError as error:  # of what it cannot be built with: the answer to any request
+        connection.recv()
+        connection.send(error)
+        return
     device = contestant.device
 
     def timed(action: Callable[[], None]) -> float:
@@ -294,11 +299,14 @@ class Worker:
         """The result of a measurement."""
         try:
             self.connection.send((name, arguments))
-            return self.connection.recv()
+            answer = self.connection.recv()
         except (EOFError, ConnectionError):
             raise InputError(
                 "benchmark: a process died, perhaps out of memory; try a smaller --batch-size"
             ) from None
+        if isinstance(answer, InputError):
+            raise answer
+        return answer
 
     def stop(self) -> None:
         """End the process, whatever it is doing; those of its DataLoader end without it."""

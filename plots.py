@@ -153,13 +153,15 @@ def effects(rows: list[dict[str, object]], directory: str | Path, caption: str) 
     """Draw the figures of a search from the rows of its trials.csv; returns their paths.
 
     Trials are compared by their accuracy after the grace period, which they all had. Those that
-    diverged in it are left out; fewer than MIN_TRIALS, or those that are all alike, make no figure.
+    diverged in it are left out; fewer than MIN_TRIALS, or those that are all alike, make no figure,
+    and neither do those that differ in none of CHOICES.
 
     Args:
         caption: how the trials were trained.
     """
     rows = [with_derived(row) for row in rows if row["early_accuracy"] is not None]
-    if len(rows) < MIN_TRIALS or len({row["early_accuracy"] for row in rows}) == 1:
+    vary = any(len({row.get(name) for row in rows}) > 1 for name in CHOICES)
+    if len(rows) < MIN_TRIALS or len({row["early_accuracy"] for row in rows}) == 1 or not vary:
         return []
     draws = (blocks_and_channels, parallel_coordinates, choices, accuracy_and_cost, importance)
     paths = [Path(directory, name) for name in EFFECTS]
@@ -175,11 +177,13 @@ def with_derived(row: dict[str, object]) -> dict[str, object]:
         for name in ("num_blocks", "conv_kernel", "skip_kernel")
     }
     odd = [n % 2 for n in lists["num_blocks"]]
+    # The first stage of a network of width 1 keeps its channels, and needs no convolution to skip.
+    skips = lists["skip_kernel"][row["width"] == 1 :] or [0]
     return row | {
         "mean_blocks": np.mean(lists["num_blocks"]),
         "odd": ODD[any(odd) + all(odd)],
         "mean_conv_kernel": np.mean(lists["conv_kernel"]),
-        "mean_skip_kernel": np.mean(lists["skip_kernel"]),
+        "mean_skip_kernel": np.mean(skips),
     }
 
 

@@ -22,7 +22,15 @@ import torch
 import utils
 from checkpoint import PREVIOUS, load_run
 from config import CHECKPOINTS, PRESETS, Config, check_config, check_resumable
-from model import MAX_PARAMS, ResNet, check_budget, count_macs, feature_size, model_cost
+from model import (
+    MAX_PARAMS,
+    ResNet,
+    check_budget,
+    count_macs,
+    feature_size,
+    model_cost,
+    pooled_size,
+)
 from utils import InputError, Range, check_fields, check_integer, first_line
 
 
@@ -130,6 +138,8 @@ def check_space(space: Space) -> None:
         raise InputError(f"SPACE: it lacks {', '.join(missing)}; add what trials.py came with")
     constants = {constant.name for constant in fields(Config)}
     for name, values in space.items():
+        if name == "pool_kernel":
+            raise InputError("SPACE: pool_kernel follows from pooled_size; give that")
         if name not in SHAPE and name not in constants:
             raise InputError(f"SPACE: {name!r} is not a constant of config.py; remove it")
         empty = not isinstance(values, tuple | list | range) or not len(values)
@@ -341,7 +351,8 @@ class Trials:
             value = getattr(config, name, sample.get(name, row[name]))
             row[name] = " ".join(map(str, value)) if isinstance(value, tuple) else value
         cost = model_cost(config)
-        return row | {"epochs": 0, "num_params": cost.num_params, "macs": cost.macs}
+        found = {"pooled_size": pooled_size(config), "num_params": cost.num_params}
+        return row | found | {"epochs": 0, "macs": cost.macs}
 
     def tried(self) -> list[tuple[Sample, float]]:
         """Samples and accuracies of the trials that ended until now."""

@@ -1,5 +1,6 @@
 import contextlib
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
+from unittest import mock
 
 import pytest
 import torch
@@ -114,6 +116,19 @@ def test_the_estimate_stands_above_the_table_and_is_right(fake, capsys, preset, 
 def test_output_is_checked_before_the_measurements():
     with pytest.raises(InputError, match=r"json: \. is a folder; name a file"):
         benchmark.benchmark("demo", json=".")
+
+
+def test_what_cannot_be_built_says_why(monkeypatch):
+    def unbuildable(config):
+        raise InputError("compile: it does not work here")
+
+    monkeypatch.setattr(benchmark.threading, "Thread", mock.Mock())
+    ours, theirs = multiprocessing.Pipe()
+    ours.send(("step", (64, 1)))
+    benchmark.serve(unbuildable, None, theirs)
+    worker = mock.Mock(connection=mock.Mock(recv=ours.recv))
+    with pytest.raises(InputError, match="compile: it does not work here"):
+        benchmark.Worker.__call__(worker, "step", 64, 1)
 
 
 def test_the_proxys_work_is_counted(monkeypatch):

@@ -16,6 +16,7 @@ if not importlib.util.find_spec("ray"):  # not imported: search.py tells it firs
 from studies.choices import answers
 from studies.choices import run as choices
 from trials import Trials
+from utils import InputError, SearchError
 
 
 def test_longer_training_differs_in_its_epochs_alone():
@@ -44,6 +45,16 @@ def test_pilot_trains_networks_of_the_size_that_is_searched(monkeypatch):
         assert limits.min_params <= cost.num_params <= limits.max_params
         assert cost.macs <= limits.max_macs
         assert f"{config.optimizer} {config.lr}" == row["recipe"]
+
+
+def test_search_is_done_when_all_its_trials_are(monkeypatch):
+    """Else the longer trainings would begin with others than those of the whole search."""
+    rows = [{"status": "finished"}] * 47 + [{"status": "failed"}]
+    monkeypatch.setattr(choices, "run", lambda *_: rows)
+    with pytest.raises(SearchError, match="1 trials have not ended; the same command goes on"):
+        choices.run_search()
+    with pytest.raises(InputError, match=r"trials\.csv does not exist; run `search` first"):
+        choices.longer()
 
 
 def test_what_diverges_leaves_a_row_and_the_rest_goes_on(tmp_path):

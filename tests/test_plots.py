@@ -263,6 +263,11 @@ def test_search_whose_trials_are_all_alike_has_no_figures(figures):
     assert plots.effects(rows, "images", "30 trials at chance") == figures == []
 
 
+def test_search_that_draws_nothing_of_the_figures_has_none(figures):
+    rows = [trials(1)[0] | {"early_accuracy": 10.0 + i} for i in range(30)]
+    assert plots.effects(rows, "images", "30 trials of one network") == figures == []
+
+
 def test_axes_are_turned_where_lines_would_cross():
     columns = {"noise": [1, 2, 4, 3], "less": [5, 4, 2, 1], "same": [1, 2, 3, 4]}
     columns["accuracy"] = [6, 7, 8, 9]

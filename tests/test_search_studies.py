@@ -18,6 +18,7 @@ from studies import overhead, tpe
 from studies.search import answers
 from studies.search import run as small_search
 from trials import Search, Trials
+from utils import InputError
 
 RECORD = ROOT / "studies" / "search"
 
@@ -166,3 +167,5 @@ def test_a_study_searches_its_own_space_and_goes_on():
     assert all(row["c1"] in (4, 5) for row in rows)
     again = small_search.run(options, "demo", space)
     assert [row["val_accuracy"] for row in again] == [row["val_accuracy"] for row in rows]
+    with pytest.raises(InputError, match="epochs: 2, but the search study was started with 1"):
+        small_search.run(replace(options, epochs=2), "demo", space)

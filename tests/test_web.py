@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import threading
+import time
 import urllib.request
 from pathlib import Path
 
@@ -399,7 +400,9 @@ def test_nothing_else_is_fetched_and_nothing_once_loaded(page, photos, address):
 
 
 def test_works_offline_after_the_first_visit(browser, photos, tmp_path):
-    """From a server with the CDN's files, too: a service worker's requests pass routes by."""
+    """By what the server gave last, which has the CDN's files, too: a service worker's requests
+    pass routes by.
+    """
     shutil.copytree(WEB, tmp_path, dirs_exist_ok=True)
     shutil.copytree(DIST, tmp_path / "dist")
     (tmp_path / "index.html").write_text(HTML.replace(CDN, "dist/"), encoding="utf-8")
@@ -407,6 +410,13 @@ def test_works_offline_after_the_first_visit(browser, photos, tmp_path):
     with serve(tmp_path) as address:
         page.goto(address)
         page.evaluate("navigator.serviceWorker.ready.then(() => {})")
+        newer = (tmp_path / "index.html").read_text(encoding="utf-8") + "<!-- newer -->"
+        (tmp_path / "index.html").write_text(newer, encoding="utf-8")
+        page.reload()
+        kept = "caches.match(location).then((response) => response.text())"
+        deadline = time.monotonic() + 10
+        while "<!-- newer -->" not in page.evaluate(kept):
+            assert time.monotonic() < deadline
     with pytest.raises(OSError):
         urllib.request.urlopen(address)
     page.reload()

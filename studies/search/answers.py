@@ -10,7 +10,6 @@ trained again, what was cut off goes on.
 
 import script
 
-import json
 from collections.abc import Callable, Collection
 from dataclasses import replace
 
@@ -25,7 +24,7 @@ from metrics import Row
 from studies.search.run import FOLDER, NARROWED
 from train import train
 from trials import METRIC, Search
-from utils import InputError
+from utils import DivergenceError, InputError
 
 EVERY, LONGER = 5, 4
 DRAWS = 2000  # of a bootstrap
@@ -33,7 +32,7 @@ DRAWS = 2000  # of a bootstrap
 
 def load() -> tuple[str, Search, list[Row]]:
     """The search's preset and options, and its trials with an accuracy, the highest first."""
-    options = json.loads((FOLDER / "search.json").read_text(encoding="utf-8"))
+    options = trials.read_record(FOLDER / "search.json")
     preset, _ = options.pop("preset"), options.pop("space")
     rows = utils.read_csv(FOLDER / "trials.csv")
     rows = [plots.with_derived(row) for row in rows if row["early_accuracy"] is not None]
@@ -60,7 +59,10 @@ def train_longer() -> None:
     )
     found = []
     for row, config in configs:
-        last = train(config, data)[0][-1]
+        try:
+            last = train(config, data)[0][-1]
+        except DivergenceError:
+            continue
         short = {"short_epochs": options.epochs, "short_accuracy": row[METRIC]}
         long = {"long_epochs": last["epoch"], "long_accuracy": last["val_accuracy"]}
         found.append({"trial": row["trial"], **short, **long})
@@ -116,7 +118,7 @@ def with_interval(
     rng = np.random.default_rng(0)
     draws = rng.integers(0, len(rows), (DRAWS, len(rows)))
     drawn = [statistic([rows[i] for i in draw]) for draw in draws if len(set(draw)) > 2]
-    return statistic(rows), *np.percentile(drawn, [2.5, 97.5])
+    return statistic(rows), *np.nanpercentile(drawn, [2.5, 97.5])
 
 
 def answers() -> list[str]:

@@ -16,9 +16,11 @@ trainings so short that they tell how networks start.
 import script
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import search
+import utils
 from config import CHECKPOINTS
 from metrics import Row
 from trials import SPACE, LogUniform, Search, Space
@@ -42,16 +44,21 @@ FOLDER = Path("studies/search")
 
 
 def run(options: Search, preset: str, space: Space) -> list[Row]:
-    """Start a search or go on with it; returns the rows of its trials.csv."""
+    """Start a search or go on with it; returns the rows of its trials.csv.
+
+    Raises:
+        InputError: it was started with other options.
+    """
     if (CHECKPOINTS / options.name).exists():
-        preset, options = search.load_search(Search(resume=options.name), space)
+        preset, options = search.load_search(replace(options, resume=options.name), space)
     return search.run_search(options, preset, space)
 
 
 def keep(options: Search, folder: Path) -> None:
     """Copy what a search found to the folder of its study."""
     for name in ("search.json", "trials.csv", "best.json"):
-        shutil.copy(CHECKPOINTS / options.name / name, folder)
+        with utils.atomic_path(folder / name) as temporary:
+            shutil.copy(CHECKPOINTS / options.name / name, temporary)
 
 
 def main(_args: list[str]) -> None:
