@@ -101,8 +101,7 @@ class Run:
     overwrite: bool = False
     """Remove the run that is in checkpoints/NAME and start anew."""
     save_minutes: Annotated[float, Range(0, 1e6)] = 5.0
-    """Minutes between saves of the training state, beside those at epochs' ends; 0: each step, or
-    on several GPUs every 20."""
+    """Minutes between saves of the training state beside those at epochs' ends; 0: every step."""
     compile: bool = False
     """Run the network through torch.compile, which rounds otherwise; not tried on a GPU yet."""
     data_dir: str = "data"
