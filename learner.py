@@ -107,8 +107,9 @@ class Learner:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
             for weight, kept in optimizer.state.items():
-                for name, value in kept.items():  # laid out as the weight is: fused updates
-                    if isinstance(value, Tensor) and value.shape == weight.shape:  # go by place
+                for name, value in kept.items():
+                    if isinstance(value, Tensor) and value.shape == weight.shape:
+                        # Laid out as the weight is: fused updates pair the two by their memory.
                         kept[name] = torch.empty_like(weight).copy_(value)
         if self.ema:
             self.ema.load_state_dict(state["ema"])
