@@ -181,8 +181,8 @@ def pictures_in(folder: Path) -> list[str]:
     Raises:
         InputError: there are none.
     """
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in kinds()}
-    suffixes |= HEIC_SUFFIXES
+    formats, readable = Image.registered_extensions(), kinds()
+    suffixes = {suffix for suffix, kind in formats.items() if kind in readable} | HEIC_SUFFIXES
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     files = [path for path in files if not is_hidden(path.relative_to(folder))]
     pictures = [path for path in files if path.suffix.lower() in suffixes]

@@ -21,7 +21,6 @@ from weights import load_model
 INSTALLED = [
     kind for kind, names in export.LIBRARIES.items() if all(map(importlib.util.find_spec, names))
 ]
-GRAPH_BYTES = 15_000  # what a file of a small network has besides its weights, at most
 FORMATS = [
     pytest.param(kind, marks=pytest.mark.skipif(kind not in INSTALLED, reason="not installed"))
     for kind in export.LIBRARIES
@@ -30,22 +29,23 @@ FORMATS = [
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A network in every format that is installed: its model file, and the folder.
+    """A short training's network in every format that is installed: its model file, and the folder.
 
-    It has one block: the exporters take seconds for each convolution.
+    So little trained, int8 may cost it an image or two.
     """
     folder = tmp_path_factory.mktemp("app")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        train(replace(TINY, name="shallow", num_blocks=(1,), max_steps_per_epoch=0))
+        train(replace(TINY, max_steps_per_epoch=0))
         patch.setattr(export, "CALIBRATION_IMAGES", 200)
         if INSTALLED:
-            export.export(Path("checkpoints/shallow"), format=tuple(INSTALLED), out=Path("app"))
-    return folder / "checkpoints" / "shallow" / "model.safetensors", folder / "app"
+            formats = tuple(INSTALLED)
+            export.export(Path("checkpoints"), format=formats, out=Path("app"), max_drop=1)
+    return folder / "checkpoints" / "tiny" / "model.safetensors", folder / "app"
 
 
 def open_file(kind, folder):
-    content = Path(folder, export.file_name("shallow", kind)).read_bytes()
+    content = Path(folder, export.file_name("tiny", kind)).read_bytes()
     return (export.open_onnx if kind.startswith("onnx") else export.open_pte)(content, 1), content
 
 
@@ -65,13 +65,13 @@ def test_every_format_classifies_as_the_network_does(kind, exported):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_weights_have_four_bytes_or_one(kind, exported):
+def test_int8_is_a_third_of_the_size_or_less(kind, exported):
     _, content = open_file(kind, exported[1])
     parameters = sum(t.numel() for t in load_model(exported[0])[0].parameters())
     if kind.endswith("int8"):
-        assert len(content) < 1.5 * parameters + GRAPH_BYTES
+        assert len(content) < 1.5 * parameters
     else:
-        assert 4 * parameters < len(content) < 4 * parameters + GRAPH_BYTES
+        assert 4 * parameters < len(content) < 5 * parameters
 
 
 @pytest.mark.parametrize("kind", [one for one in FORMATS if one.values[0].startswith("onnx")])
@@ -117,7 +117,7 @@ def test_int8_weights_of_onnx_leave_room_for_sums_of_16_bits(exported):
     initializers = onnx.load_from_string(content).graph.initializer
     weights = [numpy_helper.to_array(one) for one in initializers]
     weights = [one for one in weights if one.dtype == "int8" and one.ndim > 1]
-    assert len(weights) == 3  # of the block and its skip
+    assert len(weights) > 5
     assert max(abs(one.astype(int)).max() for one in weights) <= 64
 
 
@@ -137,7 +137,7 @@ def test_what_loses_too_much_is_refused_and_the_rest_is_written(exported, monkey
     out, err = capsys.readouterr()
     assert err.startswith(f"error: max_drop: {kind} loses ")
     assert "not written" in err
-    assert [one.name for one in Path("app").iterdir()] == ["shallow-int8.onnx"]
+    assert [one.name for one in Path("app").iterdir()] == ["tiny-int8.onnx"]
     assert out.count("file: ") == 1
 
 

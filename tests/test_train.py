@@ -98,7 +98,7 @@ def test_training_is_sgd_on_the_mean_cross_entropy(tiny, nesterov):
     config = replace(
         tiny, epochs=1, max_steps_per_epoch=2, lr=0.02, momentum=0.8, weight_decay=0.01
     )
-    config = replace(config, nesterov=nesterov, bfloat16=False)
+    config = replace(config, batch_size=64, nesterov=nesterov, bfloat16=False)
     train(config)
     trained, _ = load_model("checkpoints/tiny/model.safetensors")
 
@@ -117,7 +117,7 @@ def test_training_is_sgd_on_the_mean_cross_entropy(tiny, nesterov):
                 v.mul_(config.momentum).add_(g)
                 p.sub_(config.lr * (g + config.momentum * v if nesterov else v))
     for name, tensor in expected.state_dict().items():
-        torch.testing.assert_close(trained.state_dict()[name], tensor, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(trained.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 def test_images_of_best_are_augmented_as_its_constants_say():
@@ -281,10 +281,10 @@ def test_demo_is_as_accurate_as_it_claims():
     assert train(replace(PRESETS["demo"], wandb="disabled"))[1].accuracy >= 99
 
 
-def test_demo_learns_and_says_what_to_run_next(demo):
+def test_demo_reaches_97_percent_and_says_what_to_run_next(demo):
     folder, output = demo
     _, info = load_model(folder / "model.safetensors")
-    assert info["accuracy"]["test"] >= 95
+    assert info["accuracy"]["test"] >= 97
     last_line = output.splitlines()[-1]
     assert last_line == "next: python test.py checkpoints/demo/model.safetensors"
     assert f"test accuracy: {info['accuracy']['test']:.2f}% (" in output
