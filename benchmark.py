@@ -106,7 +106,7 @@ class Ours:
         """Train for `num_steps` steps."""
         batches = itertools.islice(batches, num_steps)
         if self.proxy:
-            batches = self.proxy.hardest(batches)
+            batches = self.proxy.hardest(batches, self.proxy.learner.steps)
         unread = []  # as the metrics of a run leave them on the device for some steps
         for images, labels, n in batches:
             unread.append(self.learner.step(images, labels, n))

@@ -235,6 +235,11 @@ def restore(state: dict[str, object], parts: dict[str, object], folder: Path) ->
         ) from None
 
 
+def how_to_go_on(resume: bool) -> str:
+    """What to do after a stop; a command that resumes (all studies do) is given again as it is."""
+    return f"the same command{'' if resume else ' with --resume'} goes on from there"
+
+
 class Checkpointer:
     """Saves a run: the training state every few minutes, the rest after every epoch.
 
@@ -244,6 +249,7 @@ class Checkpointer:
         metadata: of the model file, but for what the training brings.
         save_minutes: between saves of the state.
         stop: tells whether a signal asked to end.
+        resume: whether the command goes on by itself when it is given again.
     """
 
     def __init__(
@@ -254,9 +260,11 @@ class Checkpointer:
         metadata: dict[str, object],
         save_minutes: float,
         stop: StopSignals,
+        resume: bool,
     ) -> None:
         self.folder, self.parts, self.started, self.metadata = folder, parts, started, metadata
         self.save_minutes, self.stop, self.saved_at = save_minutes, stop, 0.0
+        self.remedy = how_to_go_on(resume)
         self.metrics: Metrics = parts["metrics"]
 
     def after_step(self) -> None:
@@ -338,9 +346,7 @@ class Checkpointer:
     def end_if_asked(self, number: int) -> None:
         """Raise StoppedError if the number is a signal's; 0 is none."""
         self.stop.raise_if_received(
-            f"after {self.metrics}, saved in {self.folder};"
-            " the same command with --resume goes on from there",
-            number,
+            f"after {self.metrics}, saved in {self.folder}; {self.remedy}", number
         )
 
     def while_evaluating(self) -> None:

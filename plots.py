@@ -5,6 +5,7 @@ README shows is drawn by studies/figures.py.
 """
 
 import textwrap
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 
@@ -149,7 +150,12 @@ def mistakes(images: np.ndarray, captions: list[str], path: str | Path, title: s
     save(figure, path)
 
 
-def effects(rows: list[dict[str, object]], directory: str | Path, caption: str) -> list[Path]:
+def effects(
+    rows: list[dict[str, object]],
+    directory: str | Path,
+    caption: str,
+    max_params: int = MAX_PARAMS,
+) -> list[Path]:
     """Draw the figures of a search from the rows of its trials.csv; returns their paths.
 
     Trials are compared by their accuracy after the grace period, which they all had. Those that
@@ -158,12 +164,14 @@ def effects(rows: list[dict[str, object]], directory: str | Path, caption: str) 
 
     Args:
         caption: how the trials were trained.
+        max_params: the budget of the search.
     """
     rows = [with_derived(row) for row in rows if row["early_accuracy"] is not None]
     vary = any(len({row.get(name) for row in rows}) > 1 for name in CHOICES)
     if len(rows) < MIN_TRIALS or len({row["early_accuracy"] for row in rows}) == 1 or not vary:
         return []
-    draws = (blocks_and_channels, parallel_coordinates, choices, accuracy_and_cost, importance)
+    shape = partial(blocks_and_channels, max_params=max_params)
+    draws = (shape, parallel_coordinates, choices, accuracy_and_cost, importance)
     paths = [Path(directory, name) for name in EFFECTS]
     for draw, path in zip(draws, paths, strict=True):
         draw(rows, path, caption)
@@ -187,7 +195,9 @@ def with_derived(row: dict[str, object]) -> dict[str, object]:
     }
 
 
-def blocks_and_channels(rows: list[dict[str, object]], path: str | Path, caption: str) -> None:
+def blocks_and_channels(
+    rows: list[dict[str, object]], path: str | Path, caption: str, max_params: int
+) -> None:
     """Accuracy over blocks per stage and C1, with the budget; a panel per number of stages."""
     stages, widths = (sorted({row[name] for row in rows}) for name in ("num_stages", "width"))
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -199,10 +209,10 @@ def blocks_and_channels(rows: list[dict[str, object]], path: str | Path, caption
         figure.subplots(1, len(stages), sharey=True, squeeze=False)[0], stages, strict=True
     ):
         for width, style, marker in zip(widths, cycle(LINES), cycle(MARKERS), strict=False):
-            limit = [largest_c1((depth,) * number, width) for depth in depths]
+            limit = [largest_c1((depth,) * number, width, max_params) for depth in depths]
             axes.plot(
                 limit, depths, style, color=GREY, linewidth=1,
-                label=f"{MAX_PARAMS / 1e6:.0f}M parameters if 3x3, width {width}",
+                label=f"{max_params / 1e6:.3g}M parameters if 3x3, width {width}",
             )  # fmt: skip
             found = [row for row in rows if (row["num_stages"], row["width"]) == (number, width)]
             dots = axes.scatter(
@@ -223,14 +233,14 @@ def blocks_and_channels(rows: list[dict[str, object]], path: str | Path, caption
     save(figure, path)
 
 
-def largest_c1(num_blocks: tuple[int, ...], width: int) -> float:
+def largest_c1(num_blocks: tuple[int, ...], width: int, max_params: int) -> float:
     """The C1, not rounded, at which a network of 3x3 convolutions reaches the budget."""
     pool = feature_size(len(num_blocks), "conv", "stride")
     # A layer's parameters grow with the square of C1, or with C1: the sum is a parabola.
     three = [
         check_budget(Architecture(num_blocks, c1, width, pool_kernel=pool)) for c1 in (1, 2, 3)
     ]
-    return max(np.roots(np.polyfit((1, 2, 3), three, 2) - (0, 0, MAX_PARAMS)))
+    return max(np.roots(np.polyfit((1, 2, 3), three, 2) - (0, 0, max_params)))
 
 
 def parallel_coordinates(rows: list[dict[str, object]], path: str | Path, caption: str) -> None:

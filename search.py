@@ -591,9 +591,8 @@ def finish(trials: Trials, received: int) -> None:
         else:
             print(f"no {path.name}: {trials.folder(best['trial']) / 'trial.json'} is damaged")
     images = f" of {search.train_size:,} images" if search.train_size else ""
-    if not plots.effects(
-        rows, trials.path, f"{len(rows)} trials, {search.grace_epochs} epochs{images}"
-    ):
+    caption = f"{len(rows)} trials, {search.grace_epochs} epochs{images}"
+    if not plots.effects(rows, trials.path, caption, search.max_params):
         print(f"no figures: they take {plots.MIN_TRIALS} trials with an accuracy")
 
 

@@ -29,6 +29,7 @@ from checkpoint import (
     Checkpointer,
     check_images,
     divergence_explained,
+    how_to_go_on,
     load_run,
     lock_folder,
     prepare_folder,
@@ -120,7 +121,8 @@ def train(
             metrics.wandb = WandbRun(config.wandb, folder, record(config), run_id, group)
         started = {"config": record(config), "data_fingerprint": data.fingerprint}
         metadata = describe(config, data, device)
-        checkpointer = Checkpointer(folder, parts, started, metadata, config.save_minutes, stop)
+        when = (config.save_minutes, stop, config.resume)
+        checkpointer = Checkpointer(folder, parts, started, metadata, *when)
         checkpointer.save()
 
         def classify(split: Split) -> Tensor:
@@ -218,9 +220,7 @@ def train_seeds(config: Config) -> list[Score]:
     scores = []
     with distributed.StopSignals() as stop:
         for run in runs:
-            stop.raise_if_received(
-                f"before {run.name}; the same command with --resume goes on from there"
-            )
+            stop.raise_if_received(f"before {run.name}; {how_to_go_on(config.resume)}")
             scores.append(train(run)[1])
     accuracies = [score.accuracy for score in scores]
     mean, std = statistics.mean(accuracies), statistics.stdev(accuracies)

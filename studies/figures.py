@@ -20,6 +20,7 @@ import utils
 from config import CHECKPOINTS
 from model import ResNet, model_cost, pooled_size
 from plots import BLUE, GREY, ORANGE
+from utils import InputError
 from weights import load_model
 
 
@@ -344,7 +345,10 @@ def main(_args: list[str]) -> None:
     architecture(ResNet(), images / "architecture.png", "TPSNet: [13, 13, 13] blocks, C1 = 16")
     measured = studies / "benchmark.json"
     if measured.exists():
-        benchmark(json.loads(measured.read_text(encoding="utf-8")), images / "benchmark.png")
+        result = json.loads(measured.read_text(encoding="utf-8"))
+        if not result["scaling"]:
+            raise InputError(f"benchmark: {measured} is of --quick; measure again without it")
+        benchmark(result, images / "benchmark.png")
     logs = [utils.read_csv(studies / f"fast/{name}-validation.csv") for name in ("fast", "tpsnet")]
     accuracy_over_time(*logs, epochs=300, published=94.84, path=images / "fast.png")
     logs = [utils.read_csv(studies / f"tpsnet/{name}.csv") for name in ("log", "paper")]

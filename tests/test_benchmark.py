@@ -132,19 +132,26 @@ def test_what_cannot_be_built_says_why(monkeypatch):
 
 
 def test_the_proxys_work_is_counted(monkeypatch):
-    """A step of 16 trained images draws 32, and the proxy looks at all of them."""
+    """A step of 16 trained images draws 32, and the proxy sees all, learns from every fourth."""
     seen, hardest = [], Proxy.hardest
 
-    def spy(proxy, batches):
-        for batch in hardest(proxy, (seen.append(len(b[1])) or b for b in batches)):
+    def spy(proxy, batches, first_step):
+        for batch in hardest(proxy, (seen.append(len(b[1])) or b for b in batches), first_step):
             seen.append(len(batch[1]))
             yield batch
 
     monkeypatch.setattr(Proxy, "hardest", spy)
     contestant = Ours(replace(PRESETS["demo"], keep_fraction=0.5))
+    learner, lessons = contestant.proxy.learner, []
+    update = learner.update
+    monkeypatch.setattr(
+        learner, "update", lambda loss: lessons.append(learner.steps) or update(loss)
+    )
     contestant.steps(contestant.batches(16), 2)
-    contestant.steps(contestant.same_batch(16), 1)
-    assert seen == [32, 16] * 3
+    for _ in range(3):  # short measurements, each goes on where the last one ended
+        contestant.steps(contestant.same_batch(16), 1)
+    assert seen == [32, 16] * 5
+    assert lessons == [0, 4]
 
 
 def test_contestants_train_the_same_network_on_the_same_kind_of_batch():

@@ -13,6 +13,7 @@ from model import model_cost
 
 if not importlib.util.find_spec("ray"):  # not imported: search.py tells it first where to listen
     pytest.skip("Ray is not installed", allow_module_level=True)
+import search
 from studies.choices import answers
 from studies.choices import run as choices
 from trials import Trials
@@ -50,7 +51,7 @@ def test_pilot_trains_networks_of_the_size_that_is_searched(monkeypatch):
 def test_search_is_done_when_all_its_trials_are(monkeypatch):
     """Else the longer trainings would begin with others than those of the whole search."""
     rows = [{"status": "finished"}] * 47 + [{"status": "failed"}]
-    monkeypatch.setattr(choices, "run", lambda *_: rows)
+    monkeypatch.setattr(search, "run_search", lambda *_: rows)
     with pytest.raises(SearchError, match="1 trials have not ended; the same command goes on"):
         choices.run_search()
     with pytest.raises(InputError, match=r"trials\.csv does not exist; run `search` first"):

@@ -150,6 +150,9 @@ def test_signal_lets_the_step_end_saves_and_says_how_to_go_on(
     )
     state = checkpoint.load_state(FOLDER / "last.pt")
     assert where(state) == (1, 2)
+    at_step(1, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(StoppedError, match="saved in checkpoints/tiny; the same command goes on"):
+        train(replace(tiny, resume=True))
     assert train(replace(tiny, resume=True))[1] == whole
     assert same(weights(), weights(Path("checkpoints/whole")))
     assert log() == log(Path("checkpoints/whole"))

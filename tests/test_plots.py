@@ -10,8 +10,9 @@ import plots
 import utils
 from config import PRESETS
 from metrics import Calibration, Score
-from model import Architecture, ResNet, model_cost
+from model import MAX_PARAMS, Architecture, ResNet, model_cost
 from studies import figures as readme
+from utils import InputError
 
 
 @pytest.fixture
@@ -185,6 +186,13 @@ def test_benchmark_shows_medians_from_the_smallest_batch_to_the_largest(figures)
     assert scaling.get_legend_handles_labels()[1] == ["ours", "classical script"]
 
 
+def test_quick_benchmark_is_not_drawn(monkeypatch, tmp_path):
+    monkeypatch.setattr(plots, "save", lambda *_: None)
+    utils.write_json(tmp_path / "studies/benchmark.json", {"scaling": {}, "threads": {}})
+    with pytest.raises(InputError, match=r"json is of --quick; measure again without it"):
+        readme.main([])
+
+
 def test_every_figure_of_the_readme_can_be_drawn_again(monkeypatch):
     drawn = []
     monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(path.as_posix()))
@@ -288,4 +296,14 @@ def test_pareto_front_is_what_nothing_cheaper_beats():
 
 @pytest.mark.parametrize(("blocks", "c1"), [(13, 16), (3, 34), (7, 22)])
 def test_limit_of_c1_is_the_papers(blocks, c1):
-    assert int(plots.largest_c1((blocks,) * 3, 2)) == c1
+    assert int(plots.largest_c1((blocks,) * 3, 2, MAX_PARAMS)) == c1
+
+
+def test_limit_is_the_searchs_own(figures):
+    plots.effects(trials(30), "images", "30 trials", max_params=MAX_PARAMS // 4)
+    limits = [line for line in figures[0].axes[0].lines if "parameters" in line.get_label()]
+    assert {line.get_label() for line in limits} == {
+        f"1.25M parameters if 3x3, width {width}" for width in (1, 2)
+    }
+    whole = plots.largest_c1((1, 1), 2, MAX_PARAMS)
+    assert limits[1].get_xdata()[0] == pytest.approx(whole / 2, rel=0.01)

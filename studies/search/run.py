@@ -23,7 +23,8 @@ import search
 import utils
 from config import CHECKPOINTS
 from metrics import Row
-from trials import SPACE, LogUniform, Search, Space
+from trials import ENDED, SPACE, LogUniform, Search, Space
+from utils import SearchError
 
 # Narrower than search.py's: an image costs these networks a quarter of the multiplications that it
 # costs those, and no trial spends its few steps on a rate from which nothing is learned in them.
@@ -48,10 +49,14 @@ def run(options: Search, preset: str, space: Space) -> list[Row]:
 
     Raises:
         InputError: it was started with other options.
+        SearchError: a trial failed; its work is kept.
     """
     if (CHECKPOINTS / options.name).exists():
         preset, options = search.load_search(replace(options, resume=options.name), space)
-    return search.run_search(options, preset, space)
+    rows = search.run_search(options, preset, space)
+    if left := options.num_samples - sum(row["status"] in ENDED for row in rows):
+        raise SearchError(f"{left} trials have not ended; the same command goes on with them")
+    return rows
 
 
 def keep(options: Search, folder: Path) -> None:
