@@ -32,7 +32,9 @@ def init_processes(deterministic: bool = False) -> torch.device:
             started more processes than there are GPUs.
     """
     keep_freed_memory()
-    torch.use_deterministic_algorithms(deterministic)
+    # Else not called, for it loads PyTorch's compiler, which takes a second or two.
+    if deterministic != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(deterministic)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
     torch.backends.cuda.matmul.allow_tf32 = True

@@ -7,6 +7,7 @@ closed (`>&-`) is opened.
 
 import contextlib
 import functools
+import gc
 import inspect
 import io
 import itertools
@@ -77,6 +78,8 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         print_error,
     )
 
+    # What was imported stays: to look for garbage in it takes a second when the process ends.
+    gc.freeze()
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):

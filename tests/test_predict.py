@@ -322,8 +322,15 @@ def test_stdin_pipes_globs_and_folders_name_the_same_picture(
     for source in ("-", "/dev/stdin"):
         if source == "/dev/stdin" and not os.path.exists(source):  # noqa: PTH110
             continue
-        result = subprocess.run([*line, source], input=path.read_bytes(), capture_output=True)
+        result = subprocess.run(
+            [*line, source],
+            input=path.read_bytes(),
+            capture_output=True,
+            env=os.environ | {"PYTHONPROFILEIMPORTTIME": "1"},  # what is loaded, on stderr
+        )
         assert result.returncode == 0, result.stderr
+        assert b" torch\n" in result.stderr
+        assert b" torch._dynamo\n" not in result.stderr  # PyTorch's compiler: as long as the rest
         told.append(result.stdout.decode().strip().rpartition(": ")[2])
     for source in ("deep", "deep/**/*.png", "deep/er/a b.png"):
         line = [source, "--checkpoint", checkpoint]
