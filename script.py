@@ -5,6 +5,7 @@ takes seconds, Ctrl-C ends the process and a missing library is one line. A stan
 closed (`>&-`) is opened.
 """
 
+import atexit
 import contextlib
 import functools
 import gc
@@ -59,6 +60,7 @@ def explain_missing(
 open_closed_streams()
 let_ctrl_c_end_it()
 sys.excepthook = explain_missing
+atexit.register(gc.freeze)  # to look for garbage in all that was loaded would take a second
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
@@ -78,8 +80,6 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         print_error,
     )
 
-    # What was imported stays: to look for garbage in it takes a second when the process ends.
-    gc.freeze()
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
