@@ -167,8 +167,8 @@ def effects(
         max_params: the budget of the search.
     """
     rows = [with_derived(row) for row in rows if row["early_accuracy"] is not None]
-    vary = any(len({row.get(name) for row in rows}) > 1 for name in CHOICES)
-    if len(rows) < MIN_TRIALS or len({row["early_accuracy"] for row in rows}) == 1 or not vary:
+    alike = len({row["early_accuracy"] for row in rows}) == 1
+    if len(rows) < MIN_TRIALS or alike or not differing(rows):
         return []
     shape = partial(blocks_and_channels, max_params=max_params)
     draws = (shape, parallel_coordinates, choices, accuracy_and_cost, importance)
@@ -176,6 +176,11 @@ def effects(
     for draw, path in zip(draws, paths, strict=True):
         draw(rows, path, caption)
     return paths
+
+
+def differing(rows: list[dict[str, object]]) -> list[str]:
+    """Those of CHOICES in which trials differ."""
+    return [name for name in CHOICES if len({row.get(name) for row in rows}) > 1]
 
 
 def with_derived(row: dict[str, object]) -> dict[str, object]:
@@ -266,7 +271,9 @@ def parallel_coordinates(rows: list[dict[str, object]], path: str | Path, captio
     )  # fmt: skip
     axes.add_collection(drawn)
     axes.set(xlim=(-0.1, len(order) - 0.7), ylim=(-0.06, 1.06), yticks=[])
-    axes.set_xticks(range(len(order)), [textwrap.fill(shown[n], 11) for n in order], fontsize=7)
+    room = max(6, 110 // len(order))  # letters, on a line
+    names = [textwrap.fill(shown[name], room, break_long_words=False) for name in order]
+    axes.set_xticks(range(len(order)), names, fontsize=7)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     figure.colorbar(drawn, ax=axes, label="validation accuracy, %; the best one is thick")
@@ -321,23 +328,23 @@ def side_by_side(columns: dict[str, list]) -> tuple[list[str], dict[str, bool]]:
 
 def choices(rows: list[dict[str, object]], path: str | Path, caption: str) -> None:
     """Accuracy over each choice: every trial, and the mean or trend with its 95% interval."""
-    figure = Figure(figsize=(10, 10), layout="constrained")
-    figure.suptitle(f"Validation accuracy over each choice; {caption}", fontsize=11)
     accuracy = np.array([row["early_accuracy"] for row in rows])
     rng = np.random.default_rng(0)
-    shown = {name: label for name, label in CHOICES.items() if name in rows[0]}
-    panels = figure.subplots(4, 4, sharey=True).flat
-    for axes in panels:
+    shown = differing(rows)
+    height = -(-len(shown) // 4)
+    figure = Figure(figsize=(10, 2.3 * height + 0.8), layout="constrained")
+    figure.suptitle(f"Validation accuracy over each choice; {caption}", fontsize=11)
+    panels = figure.subplots(height, 4, sharey=True, squeeze=False).flat
+    for axes in panels[len(shown) :]:
         axes.set_visible(False)
-    for axes, (name, label) in zip(figure.axes, shown.items(), strict=False):
-        axes.set_visible(True)
+    for axes, name in zip(panels, shown, strict=False):
         values = [row[name] for row in rows]
         levels = sorted(set(values), key=ODD.index if name == "odd" else None)
         if len(levels) > MAX_LEVELS:
             draw_trend(axes, np.array(values, dtype=float), accuracy, rng, log=name in LOGARITHMIC)
         else:
             draw_means(axes, values, levels, accuracy, rng)
-        axes.set_title(label, fontsize=10)
+        axes.set_title(CHOICES[name], fontsize=10)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
@@ -390,7 +397,8 @@ def draw_means(
             axes.errorbar(
                 place + 0.3, found.mean(), half, fmt="_", color=ORANGE, capsize=3, markersize=9
             )
-    axes.set_xticks(range(len(levels)), [str(level).replace("_", "\n") for level in levels])
+    names = [n.replace("_", "\n") if isinstance(n, str) else f"{n:.3g}" for n in levels]
+    axes.set_xticks(range(len(levels)), names)
     axes.set_xlim(-0.5, len(levels) - 0.4)
 
 
@@ -407,7 +415,9 @@ def accuracy_and_cost(rows: list[dict[str, object]], path: str | Path, caption: 
             cost[front], accuracy[front], "o-", where="post", color=ORANGE, markersize=5,
             label="Pareto front",
         )  # fmt: skip
-        axes.set_xscale("log")
+        if cost.max() > 10 * cost.min():
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:g}")
         axes.set(xlabel=label)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
@@ -428,7 +438,7 @@ def pareto_front(cost: np.ndarray, accuracy: np.ndarray) -> list[int]:
 
 def importance(rows: list[dict[str, object]], path: str | Path, caption: str) -> None:
     """Permutation importance: what shuffling one choice costs a random forest's prediction."""
-    names = [name for name in CHOICES if name in rows[0] and len({r[name] for r in rows}) > 1]
+    names = differing(rows)
     drops, score = permutation_importance(rows, names)
     mean, spread = drops.mean(axis=0), drops.std(axis=0, ddof=1)
     order = np.argsort(mean)

@@ -250,7 +250,8 @@ def test_search_effects_show_every_trial(figures):
     assert best_line[-1] == 1
     panels = {axes.get_title(): axes for axes in choices.axes if axes.get_visible()}
     assert {"learning rate", "optimizer", "C1", "stages"} <= set(panels)
-    assert "dropout in blocks" not in panels  # these trials have none
+    # These trials have no dropout, and are pooled alike.
+    assert not {"dropout in blocks", "pooled map, side"} & set(panels)
     assert len(panels["learning rate"].lines[1].get_xdata()) == 30
     peak = panels["learning rate"].lines[0]
     assert np.log10(peak.get_xdata()[np.argmax(peak.get_ydata())]) == pytest.approx(-2, abs=0.2)
@@ -264,6 +265,14 @@ def test_search_effects_show_every_trial(figures):
     names = [label.get_text() for label in shares.axes[0].get_yticklabels()]
     assert names[-1] == "learning rate"  # the most important is on top
     assert "R² on held-out trials 0." in shares.axes[0].get_title()
+
+
+def test_costs_that_differ_little_have_plain_numbers(figures):
+    rows = [
+        row | {"early_accuracy": 50.0, "num_params": 10**5 + i} for i, row in enumerate(trials(9))
+    ]
+    plots.accuracy_and_cost(rows, "cost.png", "10 trials")
+    assert [axes.get_xscale() for axes in figures[0].axes] == ["linear", "log"]
 
 
 def test_search_whose_trials_are_all_alike_has_no_figures(figures):
