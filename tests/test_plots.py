@@ -308,7 +308,8 @@ def test_limit_of_c1_is_the_papers(blocks, c1):
     assert int(plots.largest_c1((blocks,) * 3, 2, MAX_PARAMS)) == c1
 
 
-def test_limit_is_the_searchs_own(figures):
+def test_limit_is_the_searchs_own(figures, monkeypatch):
+    monkeypatch.setattr(plots, "importance", lambda *_: None)  # it takes ten seconds
     plots.effects(trials(30), "images", "30 trials", max_params=MAX_PARAMS // 4)
     limits = [line for line in figures[0].axes[0].lines if "parameters" in line.get_label()]
     assert {line.get_label() for line in limits} == {
