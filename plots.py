@@ -5,6 +5,7 @@ README shows is drawn by studies/figures.py.
 """
 
 import textwrap
+from collections.abc import Iterable
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -214,7 +215,7 @@ def blocks_and_channels(
         figure.subplots(1, len(stages), sharey=True, squeeze=False)[0], stages, strict=True
     ):
         for width, style, marker in zip(widths, cycle(LINES), cycle(MARKERS), strict=False):
-            limit = [largest_c1((depth,) * number, width, max_params) for depth in depths]
+            limit = largest_c1(depths, number, width, max_params)
             axes.plot(
                 limit, depths, style, color=GREY, linewidth=1,
                 label=f"{max_params / 1e6:.3g}M parameters if 3x3, width {width}",
@@ -238,14 +239,20 @@ def blocks_and_channels(
     save(figure, path)
 
 
-def largest_c1(num_blocks: tuple[int, ...], width: int, max_params: int) -> float:
-    """The C1, not rounded, at which a network of 3x3 convolutions reaches the budget."""
-    pool = feature_size(len(num_blocks), "conv", "stride")
-    # A layer's parameters grow with the square of C1, or with C1: the sum is a parabola.
-    three = [
-        check_budget(Architecture(num_blocks, c1, width, pool_kernel=pool)) for c1 in (1, 2, 3)
-    ]
-    return max(np.roots(np.polyfit((1, 2, 3), three, 2) - (0, 0, max_params)))
+def largest_c1(depths: Iterable[int], num_stages: int, width: int, max_params: int) -> list[float]:
+    """The C1, not rounded, at which networks of so many 3x3 blocks per stage reach the budget."""
+    pool = feature_size(num_stages, "conv", "stride")
+    # A layer's parameters grow with the square of C1, or with C1: each block adds a parabola.
+    one, two = (
+        [
+            check_budget(Architecture((depth,) * num_stages, c1, width, pool_kernel=pool))
+            for c1 in (1, 2, 3)
+        ]
+        for depth in (1, 2)
+    )
+    first, further = np.polyfit((1, 2, 3), np.transpose([one, np.subtract(two, one)]), 2).T
+    parabolas = (first + (depth - 1) * further - (0, 0, max_params) for depth in depths)
+    return [max(np.roots(parabola)) for parabola in parabolas]
 
 
 def parallel_coordinates(rows: list[dict[str, object]], path: str | Path, caption: str) -> None:

@@ -305,15 +305,15 @@ def test_pareto_front_is_what_nothing_cheaper_beats():
 
 @pytest.mark.parametrize(("blocks", "c1"), [(13, 16), (3, 34), (7, 22)])
 def test_limit_of_c1_is_the_papers(blocks, c1):
-    assert int(plots.largest_c1((blocks,) * 3, 2, MAX_PARAMS)) == c1
+    assert int(plots.largest_c1([blocks], 3, 2, MAX_PARAMS)[0]) == c1
 
 
 def test_limit_is_the_searchs_own(figures, monkeypatch):
-    monkeypatch.setattr(plots, "importance", lambda *_: None)  # it takes ten seconds
+    monkeypatch.setattr(plots, "importance", lambda *_: None)  # which takes seconds
     plots.effects(trials(30), "images", "30 trials", max_params=MAX_PARAMS // 4)
     limits = [line for line in figures[0].axes[0].lines if "parameters" in line.get_label()]
     assert {line.get_label() for line in limits} == {
         f"1.25M parameters if 3x3, width {width}" for width in (1, 2)
     }
-    whole = plots.largest_c1((1, 1), 2, MAX_PARAMS)
-    assert limits[1].get_xdata()[0] == pytest.approx(whole / 2, rel=0.01)
+    whole = plots.largest_c1([1, 2], 2, 2, MAX_PARAMS)
+    assert limits[1].get_xdata()[:2] == pytest.approx(np.array(whole) / 2, rel=0.01)
