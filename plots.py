@@ -179,9 +179,9 @@ def effects(
     return paths
 
 
-def differing(rows: list[dict[str, object]]) -> list[str]:
-    """Those of CHOICES in which trials differ."""
-    return [name for name in CHOICES if len({row.get(name) for row in rows}) > 1]
+def differing(rows: list[dict[str, object]], names: Iterable[str] = CHOICES) -> list[str]:
+    """Those of some columns in which trials differ."""
+    return [name for name in names if len({row.get(name) for row in rows}) > 1]
 
 
 def with_derived(row: dict[str, object]) -> dict[str, object]:
@@ -258,8 +258,7 @@ def largest_c1(depths: Iterable[int], num_stages: int, width: int, max_params: i
 def parallel_coordinates(rows: list[dict[str, object]], path: str | Path, caption: str) -> None:
     """Every trial as a line through its choices and costs, to its accuracy on the right."""
     shown = CHOICES | COSTS | {"early_accuracy": "accuracy, %"}
-    columns = {name: [row[name] for row in rows] for name in shown if name in rows[0]}
-    columns = {name: values for name, values in columns.items() if len(set(values)) > 1}
+    columns = {name: [row[name] for row in rows] for name in differing(rows, shown)}
     columns.pop("odd", None)  # the blocks tell it
     order, is_flipped = side_by_side(columns)
     figure = Figure(figsize=(10, 4.6), layout="constrained")
@@ -299,8 +298,7 @@ def draw_axis(axes: Axes, x: float, name: str, values: list, is_flipped: bool) -
     is_discrete = len(levels) <= MAX_LEVELS
     axes.axvline(x, color="black", linewidth=0.8)
     for level in levels if is_discrete else (levels[0], levels[len(levels) // 2], levels[-1]):
-        number = level / 1e6 if name in COSTS else level
-        text = number.replace("_", "\n") if isinstance(number, str) else f"{number:.3g}"
+        text = mark(level / 1e6 if name in COSTS else level)
         axes.annotate(
             text, (x, heights[level]), (3, 0), textcoords="offset points", va="center",
             fontsize=8, zorder=5, bbox={"facecolor": "white", "alpha": 0.7, "pad": 0.5, "lw": 0},
@@ -308,6 +306,11 @@ def draw_axis(axes: Axes, x: float, name: str, values: list, is_flipped: bool) -
     # Trials that share a value lie a little apart, so that they can be counted.
     jitter = np.random.default_rng(0).uniform(-0.025, 0.025, len(values)) * is_discrete
     return np.array([heights[value] for value in values]) + jitter
+
+
+def mark(value: str | float) -> str:
+    """A value as an axis shows it."""
+    return value.replace("_", "\n") if isinstance(value, str) else f"{value:.3g}"
 
 
 def side_by_side(columns: dict[str, list]) -> tuple[list[str], dict[str, bool]]:
@@ -404,8 +407,7 @@ def draw_means(
             axes.errorbar(
                 place + 0.3, found.mean(), half, fmt="_", color=ORANGE, capsize=3, markersize=9
             )
-    names = [n.replace("_", "\n") if isinstance(n, str) else f"{n:.3g}" for n in levels]
-    axes.set_xticks(range(len(levels)), names)
+    axes.set_xticks(range(len(levels)), [mark(level) for level in levels])
     axes.set_xlim(-0.5, len(levels) - 0.4)
 
 

@@ -121,8 +121,9 @@ def train(
             metrics.wandb = WandbRun(config.wandb, folder, record(config), run_id, group)
         started = {"config": record(config), "data_fingerprint": data.fingerprint}
         metadata = describe(config, data, device)
-        when = (config.save_minutes, stop, config.resume)
-        checkpointer = Checkpointer(folder, parts, started, metadata, *when)
+        checkpointer = Checkpointer(
+            folder, parts, started, metadata, config.save_minutes, stop, config.resume
+        )
         checkpointer.save()
 
         def classify(split: Split) -> Tensor:
