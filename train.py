@@ -251,6 +251,12 @@ def print_plan(
     number = f" in {processes} processes" if processes > 1 else ""
     dtype = distributed.dtype_name(distributed.compute_dtype(device, config.bfloat16))
     print(f"epochs: {config.epochs} of {steps:,} steps, on {device.type}{number}, {dtype}")
+    annealed, cycle = config.epochs - config.warmup_epochs, config.restart_epochs
+    if config.schedule == "cosine_restarts" and annealed % cycle:
+        utils.warn(
+            f"restart_epochs: the last cosine is cut off after {annealed % cycle} of its {cycle}"
+            f" epochs; use a number that divides {annealed}"
+        )
     if metrics.epoch or metrics.step:
         print(f"resume: going on after {metrics}")
     elif config.resume:

@@ -344,6 +344,17 @@ def test_compiled_network_learns_the_same_and_is_saved_under_plain_names(tiny):
     assert list(weights("compiled")) == list(weights("plain"))
 
 
+def test_a_last_cosine_that_is_cut_off_is_told(tiny, capsys):
+    for epochs, cycle in ((2, 1), (2, 2), (3, 2)):
+        name = f"{epochs}-{cycle}"
+        config = replace(tiny, name=name, schedule="cosine_restarts", restart_epochs=cycle)
+        train(replace(config, epochs=epochs, max_steps_per_epoch=1))
+    assert capsys.readouterr().err == (
+        "warning: restart_epochs: the last cosine is cut off after 1 of its 2 epochs; use a number"
+        " that divides 3\n"
+    )
+
+
 def test_no_progress_bar_where_the_output_is_no_terminal(tiny, capsys):
     train(replace(tiny, val_size=50))
     captured = capsys.readouterr()
