@@ -457,7 +457,8 @@ def run_search(search: Search, preset: str, space: Space = SPACE) -> list[Row]:
         val_size=search.val_size or VAL_SIZE[PRESETS[preset].dataset],
     )
     trials, received = Trials(search, preset, space), 0
-    check_config(trials.base)
+    budget = max(search.max_params, PRESETS[preset].max_params)
+    check_config(replace(trials.base, max_params=budget))  # the preset's network is no trial's
     trials.draw(1)
     if search.resume:
         trials.load()

@@ -51,6 +51,7 @@ BAD_LINES = [
     ("demo --address 127.0.0.1:9", ["address", "127.0.0.1:9", "ray start --head"]),
     ("demo --resume nothing", ["resume", "checkpoints/nothing", "--name"]),
     ("--no-download", ["data_dir", "cifar-10-python.tar.gz"]),
+    ("--no-download --max-params 2000000", ["data_dir", "cifar-10-python.tar.gz"]),
 ]
 
 
