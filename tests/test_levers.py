@@ -152,7 +152,7 @@ def test_what_diverges_leaves_an_empty_row(noise, monkeypatch):
 
 
 def test_sgd_moves_no_bn_weight_and_biases_at_their_own_rate(noise):
-    config = replace(levers.configuration("airbench-sgd", 0), warmup_epochs=0)
+    config = replace(levers.configuration("airbench-sgd", 0), warmup_epochs=0, bfloat16=False)
     with levers.airbench_sgd():
         learner = Learner(config, noise, torch.device("cpu"), 5)
         images = noise.normalize(noise.train.images[:8])
