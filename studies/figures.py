@@ -303,7 +303,7 @@ def family(ours: list[dict], others: list[dict], path: str | Path) -> None:
                 [row[cost] / 1e6 for row in rows], [row["accuracy"] for row in rows],
                 color=color, marker=marker, linestyle=line, linewidth=0.8, markersize=5, label=name,
             )  # fmt: skip
-        rows = sorted(ours, key=lambda row: row[cost])
+        rows = sorted(ours, key=lambda row: row["accuracy"])
         x, y = [row[cost] / 1e6 for row in rows], [row["accuracy"] for row in rows]
         axes.plot(x, y, "o-", color=BLUE, label="this repository")
         for i, (row, *place) in enumerate(zip(rows, x, y, strict=True)):

@@ -7,6 +7,10 @@
 Each goes on where it was cut off, and writes what it found to studies/choices. Networks have
 100,000 to 200,000 parameters and at most 20 million multiply-accumulates for an image, so that wide
 or deep is a fair question. All are compared on 5,000 validation images; test images are not read.
+
+trials.csv is the search so far. 17 of its trials, the deepest first, were trained on an NVIDIA H200
+by this code without Ray, the others on two CPU cores, all in bfloat16; trials 1 and 2 were on both:
+85.38% and 83.32% on the CPU, 85.64% and 82.56% on the GPU.
 """
 
 import script
