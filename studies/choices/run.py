@@ -9,8 +9,8 @@ Each goes on where it was cut off, and writes what it found to studies/choices. 
 or deep is a fair question. All are compared on 5,000 validation images; test images are not read.
 
 trials.csv is the search so far. 17 of its trials, the deepest first, were trained on an NVIDIA H200
-by this code without Ray, the others on two CPU cores, all in bfloat16; trials 1 and 2 were on both:
-85.38% and 83.32% on the CPU, 85.64% and 82.56% on the GPU.
+by this code without Ray, nine began there, the others are of two CPU cores; all are in bfloat16.
+Trials 1 and 2 were trained on both: to 85.38% and 83.32% on the CPU, to 85.64% and 82.56% on the GPU.
 """
 
 import script
