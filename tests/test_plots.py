@@ -59,14 +59,16 @@ def test_learning_curves_show_the_log(figures, val):
 def test_accuracy_over_time_adds_up_the_epochs_and_projects_the_rest(figures):
     fast = [{"seconds": 60.0, "val_accuracy": 70.5}, {"seconds": 120.0, "val_accuracy": 80}]
     tpsnet = [{"seconds": 600.0, "val_accuracy": 40.0}]
-    readme.accuracy_over_time(fast, tpsnet, epochs=300, published=94.84, path="fast.png")
-    ours, paper, projected, end = figures[0].axes[0].lines
+    options = {"epochs": 300, "published": 94.84, "best": (20.0, 96.85), "path": "fast.png"}
+    readme.accuracy_over_time(fast, tpsnet, **options)
+    ours, paper, projected, end, best = figures[0].axes[0].lines
     assert (list(ours.get_xdata()), list(ours.get_ydata())) == ([1, 3], [70.5, 80])
     assert (list(paper.get_xdata()), list(paper.get_ydata())) == ([10], [40])
     assert (list(projected.get_xdata()), list(projected.get_ydata())) == ([10, 3000], [40, 94.84])
     assert end.get_xdata() == [3000]
+    assert (list(best.get_xdata()), list(best.get_ydata())) == ([1200], [96.85])
     texts = " ".join(text.get_text() for text in figures[0].axes[0].texts)
-    for part in ("80.00%", "3 minutes", "94.84%", "50 hours"):
+    for part in ("80.00%", "3 minutes", "94.84%", "50 hours", "best: 96.85%", "20 hours"):
         assert part in texts
 
 
