@@ -32,6 +32,7 @@ EFFECTS = (  # the figures of a search
     "importance.png",
 )
 MIN_TRIALS = 10  # for the figures of a search
+WORST = 10  # percent of the trials, the worst ones, share a colour: others are told apart by theirs
 MAX_LEVELS = 6  # a choice with more values is drawn as a trend, not by its means
 LOGARITHMIC = ("lr",)
 ODD = ("none", "some", "all")  # of the stages have an odd number of blocks
@@ -226,14 +227,14 @@ def blocks_and_channels(
                 [row["mean_blocks"] for row in found],
                 c=[row["early_accuracy"] for row in found],
                 marker=marker, s=45, cmap="viridis", edgecolor="black", linewidth=0.4,
-                vmin=min(accuracy), vmax=max(accuracy), label=f"width {width}",
+                vmin=np.percentile(accuracy, WORST), vmax=max(accuracy), label=f"width {width}",
             )  # fmt: skip
         axes.set(xlabel="C1", title=f"{number} stages")
         axes.set(xlim=(0, 1.1 * widest), ylim=(0, 1.1 * deepest), axisbelow=True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
     figure.axes[0].set(ylabel="blocks per stage (mean)")
-    figure.colorbar(dots, ax=figure.axes, label="validation accuracy, %")
+    figure.colorbar(dots, ax=figure.axes, label="validation accuracy, %", extend="min")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     save(figure, path)
@@ -275,6 +276,7 @@ def parallel_coordinates(rows: list[dict[str, object]], path: str | Path, captio
         cmap="viridis_r", array=accuracy[from_worst], linewidths=[1.2] * (len(rows) - 1) + [3],
         alpha=0.75,
     )  # fmt: skip
+    drawn.set_clim(np.percentile(accuracy, WORST), accuracy.max())
     axes.add_collection(drawn)
     axes.set(xlim=(-0.1, len(order) - 0.7), ylim=(-0.06, 1.06), yticks=[])
     room = max(6, 110 // len(order))  # letters, on a line
@@ -282,7 +284,8 @@ def parallel_coordinates(rows: list[dict[str, object]], path: str | Path, captio
     axes.set_xticks(range(len(order)), names, fontsize=7)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    figure.colorbar(drawn, ax=axes, label="validation accuracy, %; the best one is thick")
+    label = "validation accuracy, %; the best one is thick"
+    figure.colorbar(drawn, ax=axes, label=label, extend="min")
     save(figure, path)
 
 

@@ -370,9 +370,13 @@ def main(_args: list[str]) -> None:
     logs = [utils.read_csv(studies / f"tpsnet/{name}.csv") for name in ("log", "paper")]
     beside_the_paper(*logs, images / "tpsnet.png")
     family(networks, utils.read_csv(studies / "family.csv"), images / "family.png")
-    options = json.loads((studies / "search/search.json").read_text(encoding="utf-8"))
-    caption = "{num_samples} trials, {epochs} epochs of {train_size:,} images".format_map(options)
-    plots.effects(utils.read_csv(studies / "search/trials.csv"), images, caption)
+    rows = utils.read_csv(studies / "choices/trials.csv")
+    options = json.loads((studies / "choices/search.json").read_text(encoding="utf-8"))
+    ended = sum(row["early_accuracy"] is not None for row in rows)
+    caption = (
+        f"{ended} trials, {options['epochs']} epochs of {50_000 - options['val_size']:,} images"
+    )
+    plots.effects(rows, images, caption, options["max_params"])
 
 
 if __name__ == "__main__":

@@ -18,14 +18,18 @@ from pathlib import Path
 
 import utils
 from metrics import Row
-from studies.search import run as small_search
-from trials import METRIC, LogUniform, Search
+from studies.choices.run import run
+from trials import METRIC, SPACE, LogUniform, Search
 
-SPACE = small_search.NARROWED | {
+DRAWN = SPACE | {
     "num_blocks": range(1, 4),
     "c1": range(4, 13),
+    "dropout": (0.0, 0.1, 0.2, 0.3),
+    "classifier_dropout": (0.0, 0.1, 0.2, 0.3),
     "lr": LogUniform(1e-4, 1.0),
     "batch_size": (32, 64, 128, 256),
+    "optimizer": ("sgd", "muon"),
+    "schedule": ("cosine", "cosine_restarts", "linear"),
 }
 SEEDS, TRIALS = range(5), (10, 20, 40)
 ALGORITHMS = ("random", "optuna")
@@ -43,7 +47,7 @@ def searched(algorithm: str, seed: int) -> list[float]:
         val_size=800,
         seed=seed,
     )
-    rows = small_search.run(options, "demo", SPACE)
+    rows = run(options, "demo", DRAWN)
     return [row[METRIC] or 10.0 for row in rows]
 
 

@@ -4,7 +4,9 @@
 
 Every number comes with its 95% interval, by bootstrap over the trials, of which one in twenty
 misses; and with the number of trials behind it. Within a budget choices come together, as wide
-and shallow do: a correlation says what goes with accuracy, not what makes it.
+and shallow do: a correlation says what goes with accuracy, not what makes it. Networks of 1x1
+convolutions alone, which see no pixel's neighbours, are so far below that they answer one question
+and are left out of the others.
 """
 
 import script
@@ -30,7 +32,10 @@ def load() -> list[Row]:
     longer = {row["trial"]: row[METRIC] for row in utils.read_csv(path)} if path.exists() else {}
     rows = whole(utils.read_csv(FOLDER / "trials.csv"))
     rows = [plots.with_derived(row) | {"longer": longer.get(row["trial"])} for row in rows]
-    return [row | {"squared_blocks": row["mean_blocks"] ** 2} for row in rows]
+    return [
+        row | {"squared_blocks": row["mean_blocks"] ** 2, "only_1x1": set(kernels(row)) == {1}}
+        for row in rows
+    ]
 
 
 def with_interval(statistic: Callable[..., np.ndarray], *columns: np.ndarray) -> np.ndarray:
@@ -62,59 +67,84 @@ def difference(
     if group.all() or not group.any():
         return "no trials to compare"
 
-    def statistic(accuracy: np.ndarray, *columns: np.ndarray) -> np.ndarray:
-        factors = np.stack([np.ones_like(accuracy), *columns], axis=-1)
-        slopes = np.linalg.pinv(factors) @ accuracy[..., None]
-        alike = np.ptp(columns[-1], axis=-1) == 0  # nothing to compare
-        return np.where(alike, np.nan, slopes[..., -1, 0])
+    def statistic(accuracy: np.ndarray, group: np.ndarray, *columns: np.ndarray) -> np.ndarray:
+        accuracy, group = without(accuracy, columns), without(group, columns)
+        return (group * accuracy).sum(-1) / (group**2).sum(-1)
 
     columns = [np.array([float(row[column]) for row in rows]) for column in (METRIC, *equal)]
-    found, low, high = with_interval(statistic, *columns, group)
+    found, low, high = with_interval(statistic, columns[0], group, *columns[1:])
     a = int(group.sum())
     b = len(group) - a
     return f"{found:+.1f} points ({low:+.1f} to {high:+.1f}; {a} trials against {b})"
 
 
-def rank_correlation(rows: list[Row], x: Number, y: Number = lambda row: row[METRIC]) -> str:
-    """Spearman's coefficient."""
-    columns = [np.array([number(row) for row in rows], dtype=float) for number in (x, y)]
+def rank_correlation(
+    rows: list[Row],
+    x: Number,
+    y: Number = lambda row: row[METRIC],
+    equal: Iterable[Number] = (),
+) -> str:
+    """Spearman's coefficient; with `equal`, of what these numbers' ranks leave of both."""
+    columns = [np.array([number(row) for row in rows], dtype=float) for number in (x, y, *equal)]
     if any(len(set(column)) == 1 for column in columns):
         return "all trials are alike"
 
     def statistic(*columns: np.ndarray) -> np.ndarray:
-        x, y = (rankdata(column, axis=-1) for column in columns)
-        x, y = (ranks - ranks.mean(-1, keepdims=True) for ranks in (x, y))
+        x, y, *rest = (rankdata(column, axis=-1) for column in columns)
+        x, y = without(x, rest), without(y, rest)
         return (x * y).sum(-1) / np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
 
     found, low, high = with_interval(statistic, *columns)
     return f"{found:+.2f} ({low:+.2f} to {high:+.2f}; {len(rows)} trials)"
 
 
+def without(y: np.ndarray, columns: Iterable[np.ndarray]) -> np.ndarray:
+    """What a linear fit to some columns leaves of `y`; 0 where it leaves but rounding errors."""
+    factors = np.stack([np.ones_like(y), *columns], axis=-1)
+    rest = y - (factors @ (np.linalg.pinv(factors) @ y[..., None]))[..., 0]
+    return np.where(np.abs(rest) < 1e-9 * np.abs(y).max(), 0, rest)
+
+
+def kernels(row: Row) -> list[int]:
+    """The size of the convolutions of each stage."""
+    return [int(k) for k in str(row["conv_kernel"]).split()]
+
+
 def share_of(kernel: int) -> Number:
     """What share of a trial's stages has convolutions of this size."""
-    return lambda row: np.mean([int(k) == kernel for k in str(row["conv_kernel"]).split()])
+    return lambda row: np.mean([k == kernel for k in kernels(row)])
 
 
 def answers() -> list[str]:
     """A line per question."""
-    rows = load()
-    accuracy = np.array([row[METRIC] for row in rows])
+    everything = load()
+    rows = [row for row in everything if not row["only_1x1"]]
+    accuracy = np.array([row[METRIC] for row in everything])
+    depth = ("mean_blocks", "squared_blocks", "num_stages")
     lines = {
         "validation accuracy": f"{accuracy.min():.1f}% to {accuracy.max():.1f}%, median"
-        f" {np.median(accuracy):.1f}% ({len(rows)} trials)",
+        f" {np.median(accuracy):.1f}% ({len(everything)} trials)",
+        "1x1 convolutions alone against the rest": difference(
+            everything, "only_1x1", [True], [False]
+        ),
         "3 stages against 4": difference(rows, "num_stages", [3], [4]),
+        "3 stages against 4, at equal MACs": difference(
+            rows, "num_stages", [3], [4], equal=["macs"]
+        ),
         "odd blocks in all stages against the rest, at equal depth": difference(
-            rows,
-            "odd",
-            ["all"],
-            ["some", "none"],
-            equal=("mean_blocks", "squared_blocks", "num_stages"),
+            rows, "odd", ["all"], ["some", "none"], equal=depth
         ),
         "pooled to 1x1 against 2x2 and 4x4": difference(rows, "pooled_size", [1], [2, 4]),
     }
-    numbers = {
+    sizes = {
         "blocks per stage": lambda row: row["mean_blocks"],
         "channels of the first stage": lambda row: row["c1"] * row["width"],
+    }
+    for name, number in sizes.items():
+        lines[f"rank correlation with {name}, at an equal share of 1x1 convolutions"] = (
+            rank_correlation(rows, number, equal=[share_of(1)])
+        )
+    numbers = {
         **{f"the share of {k}x{k} convolutions": share_of(k) for k in (1, 3, 5)},
         "the skip kernel": lambda row: row["mean_skip_kernel"],
         "parameters": lambda row: row["num_params"],
@@ -122,12 +152,12 @@ def answers() -> list[str]:
     }
     for name, number in numbers.items():
         lines[f"rank correlation with {name}"] = rank_correlation(rows, number)
-    if longer := [row for row in rows if row["longer"] is not None]:
+    if longer := [row for row in everything if row["longer"] is not None]:
         lines["rank correlation of short and longer training"] = rank_correlation(
             longer, lambda row: row["longer"]
         )
         lines["rank correlation of what longer training adds with blocks per stage"] = (
-            rank_correlation(longer, numbers["blocks per stage"], lambda r: r["longer"] - r[METRIC])
+            rank_correlation(longer, sizes["blocks per stage"], lambda r: r["longer"] - r[METRIC])
         )
     return [f"{question}: {answer}" for question, answer in lines.items()]
 

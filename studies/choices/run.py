@@ -8,25 +8,26 @@ Each goes on where it was cut off, and writes what it found to studies/choices. 
 100,000 to 200,000 parameters and at most 20 million multiply-accumulates for an image, so that wide
 or deep is a fair question. All are compared on 5,000 validation images; test images are not read.
 
-trials.csv is the search so far. 17 of its trials, the deepest first, were trained on an NVIDIA H200
-by this code without Ray, nine began there, the others are of two CPU cores; all are in bfloat16.
-Trials 1 and 2 were trained on both: to 85.38% and 83.32% on the CPU, 85.64% and 82.56% on the GPU.
+17 of the trials in trials.csv, the deepest first, were trained on an NVIDIA H200 by this code
+without Ray, nine began there, the others are of two CPU cores; all are in bfloat16. Trials 1 and 2
+were trained on both: to 85.38% and 83.32% on the CPU, 85.64% and 82.56% on the GPU.
 """
 
 import script
 
+import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+import search
 import utils
-from config import PRESETS, Config
+from config import CHECKPOINTS, PRESETS, Config
 from data import load_dataset
 from metrics import Row
-from studies.search.run import keep, run
 from train import train
-from trials import METRIC, PER_STAGE, SPACE, Search, Space, base_config
-from utils import DivergenceError, InputError
+from trials import ENDED, METRIC, PER_STAGE, SPACE, Search, Space, base_config
+from utils import DivergenceError, InputError, SearchError
 
 FOLDER = Path("studies/choices")
 # What the trials share beside the paper's recipe: `fast`'s augmentation without Cutout, for so few
@@ -97,7 +98,24 @@ def pilot() -> None:
 def run_search() -> None:
     """Start the search, or go on with it; copy what it found."""
     run(OPTIONS, "tpsnet", space())
-    keep(OPTIONS, FOLDER)
+    for name in ("search.json", "trials.csv", "best.json"):
+        with utils.atomic_path(FOLDER / name) as temporary:
+            shutil.copy(CHECKPOINTS / OPTIONS.name / name, temporary)
+
+
+def run(options: Search, preset: str, space: Space) -> list[Row]:
+    """Start a search or go on with it; returns the rows of its trials.csv.
+
+    Raises:
+        InputError: it was started with other options.
+        SearchError: a trial failed; its work is kept.
+    """
+    if (CHECKPOINTS / options.name).exists():
+        preset, options = search.load_search(replace(options, resume=options.name), space)
+    rows = search.run_search(options, preset, space)
+    if left := options.num_samples - sum(row["status"] in ENDED for row in rows):
+        raise SearchError(f"{left} trials have not ended; the same command goes on with them")
+    return rows
 
 
 def longer() -> None:
