@@ -5,8 +5,8 @@
 Every number comes with its 95% interval, by bootstrap over the trials, of which one in twenty
 misses; and with the number of trials behind it. Within a budget choices come together, as wide
 and shallow do: a correlation says what goes with accuracy, not what makes it. Networks of 1x1
-convolutions alone, which see no pixel's neighbours, are so far below that they answer one question
-and are left out of the others.
+convolutions alone, which behind the stem see a pixel's neighbours only by their shortcuts, are so
+far below that they answer one question and are left out of the others.
 """
 
 import script
