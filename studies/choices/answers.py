@@ -33,7 +33,11 @@ def load() -> list[Row]:
     rows = whole(utils.read_csv(FOLDER / "trials.csv"))
     rows = [plots.with_derived(row) | {"longer": longer.get(row["trial"])} for row in rows]
     return [
-        row | {"squared_blocks": row["mean_blocks"] ** 2, "only_1x1": set(kernels(row)) == {1}}
+        row
+        | {
+            "squared_blocks": row["mean_blocks"] ** 2,
+            "only_1x1": row["mean_conv_kernel"] == 1,
+        }
         for row in rows
     ]
 
@@ -71,8 +75,8 @@ def difference(
         accuracy, group = without(accuracy, columns), without(group, columns)
         return (group * accuracy).sum(-1) / (group**2).sum(-1)
 
-    columns = [np.array([float(row[column]) for row in rows]) for column in (METRIC, *equal)]
-    found, low, high = with_interval(statistic, columns[0], group, *columns[1:])
+    accuracy, *columns = (np.array([float(row[name]) for row in rows]) for name in (METRIC, *equal))
+    found, low, high = with_interval(statistic, accuracy, group, *columns)
     a = int(group.sum())
     b = len(group) - a
     return f"{found:+.1f} points ({low:+.1f} to {high:+.1f}; {a} trials against {b})"
@@ -105,14 +109,9 @@ def without(y: np.ndarray, columns: Iterable[np.ndarray]) -> np.ndarray:
     return np.where(np.abs(rest) < 1e-9 * np.abs(y).max(), 0, rest)
 
 
-def kernels(row: Row) -> list[int]:
-    """The size of the convolutions of each stage."""
-    return [int(k) for k in str(row["conv_kernel"]).split()]
-
-
 def share_of(kernel: int) -> Number:
     """What share of a trial's stages has convolutions of this size."""
-    return lambda row: np.mean([k == kernel for k in kernels(row)])
+    return lambda row: np.mean([int(k) == kernel for k in str(row["conv_kernel"]).split()])
 
 
 def answers() -> list[str]:
