@@ -10,7 +10,8 @@ or deep is a fair question. All are compared on 5,000 validation images; test im
 
 17 of the trials in trials.csv, the deepest first, were trained on an NVIDIA H200 by this code
 without Ray, nine began there, the others are of two CPU cores; all are in bfloat16. Trials 1 and 2
-were trained on both: to 85.38% and 83.32% on the CPU, 85.64% and 82.56% on the GPU.
+were trained on both: to 85.38% and 83.32% on the CPU, 85.64% and 82.56% on the GPU. The ten
+longer trainings, commit 2201f3e, ran there too.
 """
 
 import script
