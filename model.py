@@ -22,16 +22,19 @@ and their stages begin with pooling.
 multiply-accumulates and activation memory of any architecture without allocating it.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 from utils import IMAGE_SIZE, InputError, Range, check_fields, part_of
 
 MAX_PARAMS = 5_000_000  # the project's budget
+HAS_AMX = bool(torch.cpu.get_capabilities().get("amx_bf16"))  # the CPU has bfloat16 tiles
 
 
 @dataclass(frozen=True)
@@ -183,7 +186,65 @@ class PooledConv(nn.Sequential):
 
 def conv(in_channels: int, channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
     """A convolution that keeps the resolution (or divides it by `stride`); BN supplies the bias."""
-    return nn.Conv2d(in_channels, channels, kernel_size, stride, kernel_size // 2, bias=False)
+    return Conv2d(in_channels, channels, kernel_size, stride, kernel_size // 2, bias=False)
+
+
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d, trained by other kernels where oneDNN's are slow: see MatmulConv."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, S, S) to (N, out_channels, S / stride, S / stride)."""
+        if self.training and self.stride == (1, 1) and MatmulConv.is_faster(x):
+            return MatmulConv.apply(x, self.weight.to(x.dtype))
+        return super().forward(x)
+
+
+class MatmulConv(torch.autograd.Function):
+    """A convolution with stride 1 of small maps of many channels, by matrix products.
+
+    On CPUs with AMX, oneDNN's gradient of the weights takes up to six times as long as the product
+    it comes to, where the rows of a map are much shorter than AMX's tiles.
+    """
+
+    @staticmethod
+    def is_faster(x: Tensor) -> bool:
+        """Whether it is to be used (bfloat16; limits as measured, see docs/fast.md)."""
+        suited = x.dtype == torch.bfloat16 and x.shape[1] >= 96 and x.shape[-1] <= 8
+        return suited and x.device.type == "cpu" and HAS_AMX
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor) -> Tensor:
+        """(N, I, S, S) and (O, I, K, K) to (N, O, S, S)."""
+        ctx.save_for_backward(x, weight)
+        return convolve(x, weight)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of `x` and `weight`, from that of the output."""
+        x, weight = ctx.saved_tensors
+        kernel = weight.shape[-1]
+        rows = grad.permute(0, 2, 3, 1).flatten(0, 2)  # (N * S * S, O)
+        product = rows.T @ patches(x, kernel)
+        grad_weight = product.view(len(weight), kernel, kernel, -1).permute(0, 3, 1, 2)
+        return convolve(grad, weight.transpose(0, 1).flip(2, 3)), grad_weight
+
+
+def convolve(x: Tensor, weight: Tensor) -> Tensor:
+    """F.conv2d that keeps the resolution, as one matrix product where that is faster."""
+    kernel, size = weight.shape[-1], x.shape[-1]
+    if x.shape[1] < 256 or size > 5:
+        return F.conv2d(x, weight, padding=kernel // 2)
+    product = patches(x, kernel) @ weight.permute(2, 3, 1, 0).flatten(0, 2)
+    return product.view(len(x), size, size, -1).permute(0, 3, 1, 2)
+
+
+def patches(x: Tensor, kernel: int) -> Tensor:
+    """What a filter sees at every place of (N, I, S, S): (N * S * S, K * K * I)."""
+    size = x.shape[-1]
+    padded = F.pad(x, (kernel // 2,) * 4).permute(0, 2, 3, 1)
+    offsets = itertools.product(range(kernel), repeat=2)
+    shifted = [padded[:, i : i + size, j : j + size] for i, j in offsets]
+    return torch.cat(shifted, dim=-1).flatten(0, 2)
 
 
 def per_stage(kernel: int | tuple[int, ...], num_stages: int) -> tuple[int, ...]:

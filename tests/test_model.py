@@ -52,6 +52,44 @@ def test_named_networks_have_the_sizes_in_the_docstring():
         assert model_cost(architecture).num_params == size
 
 
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+@pytest.mark.parametrize("channels, size", [(96, 8), (256, 3)])  # the other's forward is oneDNN's
+def test_convolutions_by_matrix_products_are_convolutions(kernel, channels, size):
+    torch.manual_seed(0)
+    x = torch.randn(2, channels, size, size, dtype=torch.float64, requires_grad=True)
+    x = x.to(memory_format=torch.channels_last)
+    weight = torch.randn(4, channels, kernel, kernel, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(2, 4, size, size, dtype=torch.float64)
+    expected = F.conv2d(x, weight, padding=kernel // 2)
+    output = model.MatmulConv.apply(x, weight)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(output, (x, weight), grad),
+        torch.autograd.grad(expected, (x, weight), grad),
+    )
+
+
+def test_matrix_products_take_over_only_in_training_on_amx_in_bfloat16(monkeypatch):
+    used = []
+    monkeypatch.setattr(model.MatmulConv, "apply", lambda x, weight: used.append(x) or x)
+    x = torch.randn(2, 96, 8, 8)
+
+    def uses(x, conv=None, amx=True):
+        monkeypatch.setattr(model, "HAS_AMX", amx)
+        used.clear()
+        (conv or model.conv(x.shape[1], 96, 3))(x)
+        return len(used) == 1
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert uses(x.bfloat16())
+        assert not uses(x.bfloat16(), amx=False)
+        assert not uses(x)  # float32, as after no other convolution
+        assert not uses(x.bfloat16(), model.conv(96, 96, 3).eval())
+        assert not uses(x.bfloat16(), model.conv(96, 192, 3, stride=2))
+        assert not uses(torch.randn(2, 96, 9, 9).bfloat16())
+        assert not uses(torch.randn(2, 95, 8, 8).bfloat16())
+
+
 @pytest.mark.parametrize(
     "choice",
     [
