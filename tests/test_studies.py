@@ -1,12 +1,14 @@
 import re
 import statistics
+from dataclasses import replace
 
 import pytest
 from conftest import ROOT
 
+import model
 import utils
-from config import check_config
-from studies import ablation, levers
+from config import PRESETS, check_config
+from studies import ablation, levers, small_maps
 from studies.best import run as best
 
 
@@ -42,6 +44,25 @@ def test_table_holds_the_mean_of_the_seeds_beside_the_base(monkeypatch, capsys):
         (row["change"], row["seed"], row["val_accuracy"])
         for row in utils.read_csv("studies/ablation.csv")
     ] == [("base", 0, 80.0), ("proxy", 0, 81.5), ("base", 1, 81.0), ("proxy", 1, 82.5)]
+
+
+def test_small_maps_compares_layers_and_steps(monkeypatch, capsys):
+    used, apply = [], model.MatmulConv.apply
+    monkeypatch.setattr(model, "HAS_AMX", True)
+    monkeypatch.setattr(model.MatmulConv, "is_faster", lambda x: model.HAS_AMX)
+    monkeypatch.setattr(model.MatmulConv, "apply", lambda *args: used.append(1) or apply(*args))
+    monkeypatch.setattr(small_maps, "LAYERS", [(2, 8, 4, 3)])
+    monkeypatch.setattr(small_maps.benchmark, "matmul_peak", lambda dtype, device: 1e9)
+    tiny = replace(PRESETS["fast"], width=1, batch_size=4)
+    monkeypatch.setitem(small_maps.PRESETS, "fast", tiny)
+    monkeypatch.setattr(small_maps, "TRAININGS", [("fast", 84)])
+    small_maps.main([])
+    rows = re.findall(r"\| (.+) \| [\d,]+ ms \| [\d,]+ ms \|", capsys.readouterr().out)
+    assert rows == ["2 images of 3x3 pixels, 8 to 4 channels", "`fast`, epoch 84"]
+    # By one of two contestants: in the layer, and in the nine convolutions (without the stem) of
+    # the network and of its proxy.
+    rounds, steps = 1 + small_maps.ROUNDS, small_maps.PROXY_INTERVAL
+    assert len(used) == rounds * (1 + 2 * 9 * steps)
 
 
 def test_page_of_fast_has_the_results_of_the_ablation():

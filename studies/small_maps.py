@@ -1,0 +1,116 @@
+"""What matrix products save a training on a CPU with AMX: by layer, and in whole steps.
+
+    python -m studies.small_maps    # an idle CPU with AMX; a quarter of an hour
+
+The limits in model.py (MatmulConv.is_faster, convolve) come from such layers; docs/fast.md has the
+result.
+"""
+
+import script
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+import benchmark
+import model
+from config import PRESETS
+from distributed import init_processes
+from learner import PROXY_INTERVAL, Learner, Proxy
+from train import epoch_batches
+from utils import InputError
+
+ROUNDS = 5
+LAYERS = (  # images, channels in and out, side of the map
+    (1000, 96, 192, 15),  # `fast`
+    (1000, 192, 384, 7),
+    (1000, 384, 384, 3),
+    (2000, 48, 48, 7),  # its proxy
+    (2000, 96, 96, 3),
+    (128, 256, 256, 8),  # `best`
+    (128, 128, 128, 8),  # `tpsnet`
+)
+TRAININGS = (("fast", 1), ("fast", 84), ("best", 300), ("tpsnet", 300))  # preset, epoch
+
+
+def layer_seconds(images: int, channels: int, filters: int, size: int) -> list[list[float]]:
+    """Of a 3x3 convolution and its gradients in each round, by oneDNN and by MatmulConv."""
+
+    def noise(*shape: int) -> torch.Tensor:
+        noise = torch.randn(shape).to(torch.bfloat16, memory_format=torch.channels_last)
+        return noise.requires_grad_()
+
+    x, weight = noise(images, channels, size, size), noise(filters, channels, 3, 3)
+    grad = noise(images, filters, size, size)
+
+    def both_ways(convolution: Callable) -> None:
+        torch.autograd.grad(convolution(x, weight), (x, weight), grad)
+
+    return by_turns(
+        lambda: both_ways(lambda x, weight: F.conv2d(x, weight, padding=1)),
+        lambda: both_ways(model.MatmulConv.apply),
+    )
+
+
+def step_seconds(preset: str, epoch: int) -> list[list[float]]:
+    """Of a training step in each round, by oneDNN alone and as train.py does it."""
+    config, data = PRESETS[preset], benchmark.noise(50_000)
+    # So many steps per epoch that the learning rate hardly falls in a measurement.
+    parts = (config, data, init_processes(), 10_000)
+    learner, steps = Learner(*parts), 1
+    batches = itertools.chain.from_iterable(
+        epoch_batches(config, data, epoch, 0, 10_000) for _ in itertools.count()
+    )
+    if config.keep_fraction < 1:
+        batches, steps = Proxy(*parts).hardest(batches), PROXY_INTERVAL
+
+    def train(products: bool) -> None:
+        model.HAS_AMX = products
+        for batch in itertools.islice(batches, steps):
+            learner.step(*batch)
+
+    rounds = by_turns(lambda: train(products=False), lambda: train(products=True))
+    return [[seconds / steps for seconds in times] for times in rounds]
+
+
+def by_turns(*actions: Callable[[], None]) -> list[list[float]]:
+    """Seconds of each action in each round, after one to warm up."""
+    times = [[] for _ in actions]
+    for _ in range(1 + ROUNDS):
+        for action, spent in zip(actions, times, strict=True):
+            start = time.perf_counter()
+            action()
+            spent.append(time.perf_counter() - start)
+    return [spent[1:] for spent in times]
+
+
+def print_row(label: str, times: list[list[float]]) -> None:
+    """Median milliseconds of both, and the median, smallest and largest of the rounds' ratios."""
+    before, after = (f"{1000 * statistics.median(spent):,.0f} ms" for spent in times)
+    ratios = [old / new for old, new in zip(*times, strict=True)]
+    ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    print(f"| {label} | {before} | {after} | {ratio} |", flush=True)
+
+
+def main(_args: list[str]) -> None:
+    """Measure and print both tables."""
+    if not model.HAS_AMX:
+        raise InputError("machine: this CPU has no AMX; run it on one that has, as newer Xeons do")
+    device = init_processes()
+    peak = benchmark.matmul_peak(torch.bfloat16, device) / 1e9
+    print(f"{benchmark.machine(device)}\nmatmul peak: {peak:,.0f} GFLOP/s in bfloat16\n")
+    print("| 3x3 convolution and its gradients | oneDNN | MatmulConv | ratio |\n|---|---|---|---|")
+    for images, channels, filters, size in LAYERS:
+        label = f"{images:,} images of {size}x{size} pixels, {channels} to {filters} channels"
+        print_row(label, layer_seconds(images, channels, filters, size))
+    print("\n| training step | oneDNN alone | with MatmulConv | ratio |\n|---|---|---|---|")
+    for preset, epoch in TRAININGS:
+        print_row(f"`{preset}`, epoch {epoch}", step_seconds(preset, epoch))
+
+
+if __name__ == "__main__":
+    script.run_script(main)
