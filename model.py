@@ -190,25 +190,27 @@ def conv(in_channels: int, channels: int, kernel_size: int, stride: int = 1) -> 
 
 
 class Conv2d(nn.Conv2d):
-    """nn.Conv2d, trained by other kernels where oneDNN's are slow: see MatmulConv."""
+    """nn.Conv2d, but trained by MatmulConv where that is faster."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, S, S) to (N, out_channels, S / stride, S / stride)."""
-        if self.training and self.stride == (1, 1) and MatmulConv.is_faster(x):
+        # Of larger kernels, patches would take too much memory.
+        suited = self.kernel_size <= (3, 3) and self.stride == (1, 1)
+        if self.training and suited and MatmulConv.is_faster(x):
             return MatmulConv.apply(x, self.weight.to(x.dtype))
         return super().forward(x)
 
 
 class MatmulConv(torch.autograd.Function):
-    """A convolution with stride 1 of small maps of many channels, by matrix products.
+    """A convolution of small maps of many channels by matrix products, with stride 1.
 
-    On CPUs with AMX, oneDNN's gradient of the weights takes up to six times as long as the product
-    it comes to, where the rows of a map are much shorter than AMX's tiles.
+    On CPUs with AMX oneDNN is slow at them, most of all at the gradient of the weights: at 3x3
+    pixels and 384 channels a 3x3 one takes 3.7 times as long in all (studies/small_maps.py).
     """
 
     @staticmethod
     def is_faster(x: Tensor) -> bool:
-        """Whether it is to be used (bfloat16; limits as measured, see docs/fast.md)."""
+        """Whether it is to be used for (N, I, S, S); the limits are what was measured."""
         suited = x.dtype == torch.bfloat16 and x.shape[1] >= 96 and x.shape[-1] <= 8
         return suited and x.device.type == "cpu" and HAS_AMX
 

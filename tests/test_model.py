@@ -86,6 +86,7 @@ def test_matrix_products_take_over_only_in_training_on_amx_in_bfloat16(monkeypat
         assert not uses(x)  # float32, as after no other convolution
         assert not uses(x.bfloat16(), model.conv(96, 96, 3).eval())
         assert not uses(x.bfloat16(), model.conv(96, 192, 3, stride=2))
+        assert not uses(x.bfloat16(), model.conv(96, 192, 5))
         assert not uses(torch.randn(2, 96, 9, 9).bfloat16())
         assert not uses(torch.randn(2, 95, 8, 8).bfloat16())
 
