@@ -23,6 +23,7 @@ multiply-accumulates and activation memory of any architecture without allocatin
 """
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -224,10 +225,9 @@ class MatmulConv(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
         """The gradients of `x` and `weight`, from that of the output."""
         x, weight = ctx.saved_tensors
-        kernel = weight.shape[-1]
         rows = grad.permute(0, 2, 3, 1).flatten(0, 2)  # (N * S * S, O)
-        product = rows.T @ patches(x, kernel)
-        grad_weight = product.view(len(weight), kernel, kernel, -1).permute(0, 3, 1, 2)
+        products = [rows.T @ seen.flatten(0, 2) for seen in shifted(x, weight.shape[-1])]
+        grad_weight = torch.stack(products, dim=-1).view_as(weight)
         return convolve(grad, weight.transpose(0, 1).flip(2, 3)), grad_weight
 
 
@@ -236,17 +236,17 @@ def convolve(x: Tensor, weight: Tensor) -> Tensor:
     kernel, size = weight.shape[-1], x.shape[-1]
     if x.shape[1] < 256 or size > 5:
         return F.conv2d(x, weight, padding=kernel // 2)
-    product = patches(x, kernel) @ weight.permute(2, 3, 1, 0).flatten(0, 2)
+    patches = torch.cat(list(shifted(x, kernel)), dim=-1).flatten(0, 2)
+    product = patches @ weight.permute(2, 3, 1, 0).flatten(0, 2)
     return product.view(len(x), size, size, -1).permute(0, 3, 1, 2)
 
 
-def patches(x: Tensor, kernel: int) -> Tensor:
-    """What a filter sees at every place of (N, I, S, S): (N * S * S, K * K * I)."""
+def shifted(x: Tensor, kernel: int) -> Iterator[Tensor]:
+    """What each place of a filter sees of (N, I, S, S): kernel**2 times (N, S, S, I)."""
     size = x.shape[-1]
     padded = F.pad(x, (kernel // 2,) * 4).permute(0, 2, 3, 1)
-    offsets = itertools.product(range(kernel), repeat=2)
-    shifted = [padded[:, i : i + size, j : j + size] for i, j in offsets]
-    return torch.cat(shifted, dim=-1).flatten(0, 2)
+    for i, j in itertools.product(range(kernel), repeat=2):
+        yield padded[:, i : i + size, j : j + size]
 
 
 def per_stage(kernel: int | tuple[int, ...], num_stages: int) -> tuple[int, ...]:
