@@ -34,17 +34,17 @@ LAYERS = (  # images, channels in and out, side of the map
     (128, 256, 256, 8),  # `best`
     (128, 128, 128, 8),  # `tpsnet`
 )
-TRAININGS = (("fast", 1), ("fast", 84), ("best", 300), ("tpsnet", 300))  # preset, epoch
+TRAININGS = (("fast", 1), ("fast", 84), ("best", 180), ("tpsnet", 300))  # preset, epoch
 
 
 def layer_seconds(images: int, channels: int, filters: int, size: int) -> list[list[float]]:
     """Of a 3x3 convolution and its gradients in each round, by oneDNN and by MatmulConv."""
 
     def noise(*shape: int) -> torch.Tensor:
-        noise = torch.randn(shape).to(torch.bfloat16, memory_format=torch.channels_last)
-        return noise.requires_grad_()
+        return torch.randn(shape).to(torch.bfloat16, memory_format=torch.channels_last)
 
-    x, weight = noise(images, channels, size, size), noise(filters, channels, 3, 3)
+    x = noise(images, channels, size, size).requires_grad_()
+    weight = noise(filters, channels, 3, 3).requires_grad_()
     grad = noise(images, filters, size, size)
 
     def both_ways(convolution: Callable) -> None:

@@ -53,7 +53,7 @@ def test_named_networks_have_the_sizes_in_the_docstring():
 
 
 @pytest.mark.parametrize("kernel", [1, 3, 5])
-@pytest.mark.parametrize("channels, size", [(96, 8), (256, 3)])  # the other's forward is oneDNN's
+@pytest.mark.parametrize("channels, size", [(96, 8), (256, 3)])  # only the second's forward
 def test_convolutions_by_matrix_products_are_convolutions(kernel, channels, size):
     torch.manual_seed(0)
     x = torch.randn(2, channels, size, size, dtype=torch.float64, requires_grad=True)
