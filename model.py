@@ -212,7 +212,7 @@ class MatmulConv(torch.autograd.Function):
     @staticmethod
     def is_faster(x: Tensor) -> bool:
         """Whether it is to be used for (N, I, S, S); the limits are what was measured."""
-        suited = x.dtype == torch.bfloat16 and x.shape[1] >= 96 and x.shape[-1] <= 8
+        suited = x.dtype == torch.bfloat16 and x.shape[1] >= 96 and x.shape[-1] <= 7
         return suited and x.device.type == "cpu" and HAS_AMX
 
     @staticmethod

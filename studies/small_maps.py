@@ -24,7 +24,7 @@ from learner import PROXY_INTERVAL, Learner, Proxy
 from train import epoch_batches
 from utils import InputError
 
-ROUNDS = 5
+ROUNDS = 9
 LAYERS = (  # images, channels in and out, side of the map
     (1000, 96, 192, 15),  # `fast`
     (1000, 192, 384, 7),
@@ -34,7 +34,7 @@ LAYERS = (  # images, channels in and out, side of the map
     (128, 256, 256, 8),  # `best`
     (128, 128, 128, 8),  # `tpsnet`
 )
-TRAININGS = (("fast", 1), ("fast", 84), ("best", 180), ("tpsnet", 300))  # preset, epoch
+TRAININGS = (("fast", 1), ("fast", 84), ("small", 84))  # preset, epoch
 
 
 def layer_seconds(images: int, channels: int, filters: int, size: int) -> list[list[float]]:

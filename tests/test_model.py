@@ -72,7 +72,7 @@ def test_convolutions_by_matrix_products_are_convolutions(kernel, channels, size
 def test_matrix_products_take_over_only_in_training_on_amx_in_bfloat16(monkeypatch):
     used = []
     monkeypatch.setattr(model.MatmulConv, "apply", lambda x, weight: used.append(x) or x)
-    x = torch.randn(2, 96, 8, 8)
+    x = torch.randn(2, 96, 7, 7)
 
     def uses(x, conv=None, amx=True):
         monkeypatch.setattr(model, "HAS_AMX", amx)
@@ -87,8 +87,8 @@ def test_matrix_products_take_over_only_in_training_on_amx_in_bfloat16(monkeypat
         assert not uses(x.bfloat16(), model.conv(96, 96, 3).eval())
         assert not uses(x.bfloat16(), model.conv(96, 192, 3, stride=2))
         assert not uses(x.bfloat16(), model.conv(96, 192, 5))
-        assert not uses(torch.randn(2, 96, 9, 9).bfloat16())
-        assert not uses(torch.randn(2, 95, 8, 8).bfloat16())
+        assert not uses(torch.randn(2, 96, 8, 8).bfloat16())
+        assert not uses(torch.randn(2, 95, 7, 7).bfloat16())
 
 
 @pytest.mark.parametrize(
