@@ -1,9 +1,9 @@
-"""What matrix products save a training on a CPU with AMX: by layer, and in whole steps.
+"""What model.py's own layers save a training on a CPU with AMX: by layer, and in whole steps.
 
     python -m studies.small_maps    # an idle CPU with AMX; a quarter of an hour
 
-The limits in model.py (MatmulConv.is_faster, convolve) come from such layers; docs/fast.md has the
-result.
+The limits in model.py (MatmulConv, convolve, FoldedBatchNorm) come from such layers; docs/fast.md
+has the result.
 """
 
 import script
@@ -34,14 +34,17 @@ LAYERS = (  # images, channels in and out, side of the map
     (128, 256, 256, 8),  # `best`
     (128, 128, 128, 8),  # `tpsnet`
 )
-TRAININGS = (("fast", 1), ("fast", 84), ("small", 84))  # preset, epoch
+NORMS = (  # images, channels, side of the map
+    (1000, 24, 31),  # the stem of `fast`
+    (2000, 24, 31),  # and of its proxy
+    (2000, 24, 15),
+    (128, 16, 32),  # the stem of `tpsnet`
+)
+TRAININGS = (("fast", 1), ("fast", 84), ("small", 84), ("tiny", 43))  # preset, epoch
 
 
 def layer_seconds(images: int, channels: int, filters: int, size: int) -> list[list[float]]:
     """Of a 3x3 convolution and its gradients in each round, by oneDNN and by MatmulConv."""
-
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(shape).to(torch.bfloat16, memory_format=torch.channels_last)
 
     x = noise(images, channels, size, size).requires_grad_()
     weight = noise(filters, channels, 3, 3).requires_grad_()
@@ -56,8 +59,29 @@ def layer_seconds(images: int, channels: int, filters: int, size: int) -> list[l
     )
 
 
+def norm_seconds(images: int, channels: int, size: int) -> list[list[float]]:
+    """Of a batch normalisation and its gradients in each round, PyTorch's and FoldedBatchNorm."""
+    x, grad = (noise(images, channels, size, size) for _ in range(2))
+    weight, bias = torch.ones(channels), torch.zeros(channels)
+    for leaf in (x, weight, bias):
+        leaf.requires_grad_()
+
+    def both_ways(normalize: Callable) -> None:
+        torch.autograd.grad(normalize(x, weight, bias), (x, weight, bias), grad)
+
+    return by_turns(
+        lambda: both_ways(lambda *inputs: F.batch_norm(inputs[0], None, None, *inputs[1:], True)),
+        lambda: both_ways(lambda *inputs: model.FoldedBatchNorm.apply(*inputs, 1e-5)[0]),
+    )
+
+
+def noise(*shape: int) -> torch.Tensor:
+    """Channels-last maps or filters, in bfloat16."""
+    return torch.randn(shape).to(torch.bfloat16, memory_format=torch.channels_last)
+
+
 def step_seconds(preset: str, epoch: int) -> list[list[float]]:
-    """Of a training step in each round, by oneDNN alone and as train.py does it."""
+    """Of a training step in each round, by PyTorch's layers alone and as train.py does it."""
     config, data = PRESETS[preset], benchmark.noise(50_000)
     # So many steps per epoch that the learning rate hardly falls in a measurement.
     parts = (config, data, init_processes(), 10_000)
@@ -68,12 +92,15 @@ def step_seconds(preset: str, epoch: int) -> list[list[float]]:
     if config.keep_fraction < 1:
         batches, steps = Proxy(*parts).hardest(batches), PROXY_INTERVAL
 
-    def train(products: bool) -> None:
-        model.HAS_AMX = products
+    channels = model.FOLDED_CHANNELS
+
+    def train(own_layers: bool) -> None:
+        model.HAS_AMX = own_layers
+        model.FOLDED_CHANNELS = channels if own_layers else ()
         for batch in itertools.islice(batches, steps):
             learner.step(*batch)
 
-    rounds = by_turns(lambda: train(products=False), lambda: train(products=True))
+    rounds = by_turns(lambda: train(own_layers=False), lambda: train(own_layers=True))
     return [[seconds / steps for seconds in times] for times in rounds]
 
 
@@ -107,7 +134,12 @@ def main(_args: list[str]) -> None:
     for images, channels, filters, size in LAYERS:
         label = f"{images:,} images of {size}x{size} pixels, {channels} to {filters} channels"
         print_row(label, layer_seconds(images, channels, filters, size))
-    print("\n| training step | oneDNN alone | with MatmulConv | ratio |\n|---|---|---|---|")
+    print("\n| batch normalisation and its gradients | PyTorch | FoldedBatchNorm | ratio |")
+    print("|---|---|---|---|")
+    for images, channels, size in NORMS:
+        label = f"{images:,} images of {size}x{size} pixels, {channels} channels"
+        print_row(label, norm_seconds(images, channels, size))
+    print("\n| training step | PyTorch's layers | with both | ratio |\n|---|---|---|---|")
     for preset, epoch in TRAININGS:
         print_row(f"`{preset}`, epoch {epoch}", step_seconds(preset, epoch))
 

@@ -91,6 +91,53 @@ def test_matrix_products_take_over_only_in_training_on_amx_in_bfloat16(monkeypat
         assert not uses(torch.randn(2, 95, 7, 7).bfloat16())
 
 
+def normalised(norm, x, grad):
+    """Output and gradients of a training batch normalisation and the ReLU after it."""
+    x = x.clone().requires_grad_()
+    output = F.relu(norm(x), inplace=True)
+    return output, *torch.autograd.grad(output, (x, norm.weight, norm.bias), grad)
+
+
+def test_folded_batch_norm_is_batch_norm(monkeypatch):
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(24).double()
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    folded = model.BatchNorm2d(24).double()
+    folded.load_state_dict(norm.state_dict())
+    x, grad = (
+        (3 * torch.randn(2, 24, 6, 6, dtype=torch.float64) + 1).to(
+            memory_format=torch.channels_last
+        )
+        for _ in range(2)
+    )
+    expected = normalised(norm, x, grad)
+    monkeypatch.setattr(model.FoldedBatchNorm, "is_faster", lambda x: True)
+    torch.testing.assert_close(normalised(folded, x, grad), expected)
+    torch.testing.assert_close(folded.state_dict(), norm.state_dict())
+
+
+def test_folded_batch_norm_takes_over_only_in_training_in_bfloat16(monkeypatch):
+    used, apply = [], model.FoldedBatchNorm.apply
+    monkeypatch.setattr(
+        model.FoldedBatchNorm, "apply", lambda *args: used.append(1) or apply(*args)
+    )
+    x = torch.randn(2, 24, 2, 2).bfloat16().to(memory_format=torch.channels_last)
+
+    def uses(x, norm=None):
+        used.clear()
+        assert (norm or model.BatchNorm2d(x.shape[1]))(x).dtype == x.dtype
+        return len(used) == 1
+
+    assert uses(x)
+    assert not uses(x, model.BatchNorm2d(24).eval())
+    assert not uses(x.float())
+    assert not uses(x.contiguous())
+    assert not uses(x[:1, :, :1, :2].contiguous(memory_format=torch.channels_last))  # two pixels
+    assert not uses(torch.cat([x, x], dim=1))
+    assert not uses(x[:, :20].contiguous(memory_format=torch.channels_last))
+
+
 @pytest.mark.parametrize(
     "choice",
     [

@@ -52,13 +52,18 @@ def test_small_maps_compares_layers_and_steps(monkeypatch, capsys):
     monkeypatch.setattr(model.MatmulConv, "is_faster", lambda x: model.HAS_AMX)
     monkeypatch.setattr(model.MatmulConv, "apply", lambda *args: used.append(1) or apply(*args))
     monkeypatch.setattr(small_maps, "LAYERS", [(2, 8, 4, 3)])
+    monkeypatch.setattr(small_maps, "NORMS", [(2, 24, 4)])
     monkeypatch.setattr(small_maps.benchmark, "matmul_peak", lambda dtype, device: 1e9)
     tiny = replace(PRESETS["fast"], width=1, batch_size=4)
     monkeypatch.setitem(small_maps.PRESETS, "fast", tiny)
     monkeypatch.setattr(small_maps, "TRAININGS", [("fast", 84)])
     small_maps.main([])
     rows = re.findall(r"\| (.+) \| [\d,]+ ms \| [\d,]+ ms \|", capsys.readouterr().out)
-    assert rows == ["2 images of 3x3 pixels, 8 to 4 channels", "`fast`, epoch 84"]
+    assert rows == [
+        "2 images of 3x3 pixels, 8 to 4 channels",
+        "2 images of 4x4 pixels, 24 channels",
+        "`fast`, epoch 84",
+    ]
     # By one of two contestants: in the layer, and in the nine convolutions (without the stem) of
     # the network and of its proxy.
     rounds, steps = 1 + small_maps.ROUNDS, small_maps.PROXY_INTERVAL
