@@ -296,7 +296,7 @@ class FoldedBatchNorm(torch.autograd.Function):
         y = torch.empty_like(x)  # written to, since a view could not go into a ReLU in place
         torch.ops.aten.native_batch_norm.out(
             folded, *(v.repeat(FOLD) for v in (weight, bias, mean, var)), False, 0, eps,
-            out=fold(y), save_mean=unused[0], save_invstd=unused[1],
+            out=fold(y), save_mean=unused[0, :0], save_invstd=unused[1, :0],
         )  # fmt: skip
         return y, mean, var
 
