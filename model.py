@@ -208,7 +208,7 @@ class MatmulConv(torch.autograd.Function):
     """A convolution of small maps of many channels by matrix products, with stride 1.
 
     On CPUs with AMX oneDNN is slow at them, most of all at the gradient of the weights: at 3x3
-    pixels and 384 channels a 3x3 one takes 3.7 times as long in all (studies/small_maps.py).
+    pixels and 384 channels a 3x3 one takes three times as long in all (studies/small_maps.py).
     """
 
     @staticmethod

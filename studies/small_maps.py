@@ -1,6 +1,6 @@
 """What model.py's own layers save a training on a CPU with AMX: by layer, and in whole steps.
 
-    python -m studies.small_maps    # an idle CPU with AMX; a quarter of an hour
+    python -m studies.small_maps    # an idle CPU with AMX; ten minutes
 
 The limits in model.py (MatmulConv, convolve, FoldedBatchNorm) come from such layers; docs/fast.md
 has the result.
