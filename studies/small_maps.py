@@ -70,7 +70,7 @@ def norm_seconds(images: int, channels: int, size: int) -> list[list[float]]:
         torch.autograd.grad(normalize(x, weight, bias), (x, weight, bias), grad)
 
     return by_turns(
-        lambda: both_ways(lambda *inputs: F.batch_norm(inputs[0], None, None, *inputs[1:], True)),
+        lambda: both_ways(lambda x, *affine: F.batch_norm(x, None, None, *affine, True)),
         lambda: both_ways(lambda *inputs: model.FoldedBatchNorm.apply(*inputs, 1e-5)[0]),
     )
 
