@@ -1,14 +1,14 @@
-"""Random search against Optuna's TPE with equal numbers of trials, on the handwritten digits.
+"""Does Optuna's TPE find better networks than random search, on the handwritten digits?
 
-    python -m studies.tpe    # half an hour on two cores; goes on where it was cut off
+    python -m studies.tpe    # half an hour on two cores; continues where it was interrupted
 
-Both draw from the same space and train in the same way; each is run with several seeds, since one
-search of either can be lucky. Written to studies/tpe.csv: the highest validation accuracy among the
-first so many trials, and the mean of these trials. The highest of several accuracies is optimistic,
-equally so for both. docs/search.md has the table.
+Both draw the same number of trials from the same space and train them in the same way, with five
+seeds each, since a single search can be lucky. studies/tpe.csv has the highest and the mean
+validation accuracy of the first 10, 20 and 40 trials. The highest is optimistic, equally for both.
+docs/search.md has the table.
 
-The record was drawn before a trial's sample was a function of the seed and its number (commit
-57553db): run again, it gives other trials from the same space.
+tpe.csv is of commit 57553db, where trials were drawn differently: today the command gives other
+trials from the same space.
 """
 
 import script
@@ -18,8 +18,9 @@ from pathlib import Path
 
 import utils
 from metrics import Row
+from search.space import SPACE, LogUniform, Search
+from search.trials import METRIC
 from studies.choices.run import run
-from trials import METRIC, SPACE, LogUniform, Search
 
 DRAWN = SPACE | {
     "num_blocks": range(1, 4),
@@ -36,7 +37,7 @@ ALGORITHMS = ("random", "optuna")
 
 
 def searched(algorithm: str, seed: int) -> list[float]:
-    """Validation accuracies of a search's trials, in their order; divergence counts as chance."""
+    """The validation accuracies of a search's trials in order; 10% for one that diverged."""
     options = Search(
         name=f"tpe-{algorithm}-{seed}",
         num_samples=max(TRIALS),
@@ -52,7 +53,7 @@ def searched(algorithm: str, seed: int) -> list[float]:
 
 
 def main(_args: list[str]) -> None:
-    """Run the searches, print and write how they compare."""
+    """Run the searches, write studies/tpe.csv and print the table."""
     rows = []
     for seed in SEEDS:
         for algorithm in ALGORITHMS:
@@ -72,7 +73,7 @@ def main(_args: list[str]) -> None:
 
 
 def print_table(rows: list[Row]) -> None:
-    """Mean and standard deviation over the seeds, and how often TPE's best was the better one."""
+    """Print mean and standard deviation over the seeds, and how often the best of TPE is higher."""
     print("| trials | best, random | best, TPE | mean, random | mean, TPE | TPE's best is higher |")
     print("|---|---|---|---|---|---|")
     for trials in TRIALS:
