@@ -1,7 +1,6 @@
 """`python -m search`; the package's docstring lists what it can do."""
 
-import script
-from search.run import main
-
 if __name__ == "__main__":
-    script.run_script(main)
+    from engine.script import run_script
+
+    run_script("search.run")

@@ -15,8 +15,8 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from engine.plots import BLUE, GREY, ORANGE, save
 from model import MAX_PARAMS, Architecture, check_budget, feature_size
-from plots import BLUE, GREY, ORANGE, save
 
 EFFECTS = (
     "num_block_inplane_effects.png",

@@ -22,9 +22,10 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from tqdm import tqdm
 
-import distributed
 import utils
 from data import Dataset
+from engine.distributed import give_back_memory
+from engine.script import stop_signals
 from search.space import Search
 from search.trials import METRIC, Row, Trials
 from train import train
@@ -49,7 +50,7 @@ def run_trial(trial: dict[str, int], trials: Trials, root: str, data: Dataset) -
     A trial that has ended only repeats the accuracies that ASHA compares; an interrupted one
     continues from its last saved step.
     """
-    distributed.give_back_memory()  # of an earlier trial in this process
+    give_back_memory()  # of an earlier trial in this process
     os.chdir(root)
     torch.set_num_threads(max(1, int(trials.search.cpus_per_trial)))
     number = trial["number"]
@@ -130,9 +131,9 @@ class ASHA(ASHAScheduler):
 class Monitor(tune.Callback, tune.Stopper):
     """Ray Tune's callback and stopper: trials.csv, a line per trial that ends, and the stop."""
 
-    def __init__(self, trials: Trials, stop: distributed.StopSignals) -> None:
+    def __init__(self, trials: Trials) -> None:
         self.trials, self.ended, self.bar = trials, trials.ended(), None
-        self.stop, self.problem, self.causes = stop, "", []
+        self.problem, self.causes = "", []
         self.deadline = time.monotonic() + (60 * trials.search.max_minutes or math.inf)
 
     def __getstate__(self) -> dict:
@@ -157,7 +158,7 @@ class Monitor(tune.Callback, tune.Stopper):
         return False  # single trials are stopped by ASHA
 
     def stop_all(self) -> bool:
-        return bool(self.stop.received or self.problem or time.monotonic() > self.deadline)
+        return bool(stop_signals.received or self.problem or time.monotonic() > self.deadline)
 
     def on_trial_result(self, result: dict, **_: object) -> None:
         if "row" in result:
@@ -214,14 +215,11 @@ class Monitor(tune.Callback, tune.Stopper):
             self.problem = f"{MAX_FAILED} trials in a row failed, the last one with {row['error']}"
 
 
-def run_trials(
-    trials: Trials, data: Dataset, resources: dict[str, float], stop: distributed.StopSignals
-) -> None:
-    """Run the trials that have not ended, until all have ended or the search is stopped.
+def run_trials(trials: Trials, data: Dataset, resources: dict[str, float]) -> None:
+    """Run the trials that have not ended, until all have ended or a signal stops the search.
 
     Args:
         resources: reserved for each trial.
-        stop: records the signals that stop the search.
 
     Raises:
         SearchError: the search cannot go on.
@@ -230,7 +228,7 @@ def run_trials(
     numbers = [number for number in trials.numbers if number not in ended]
     if search.grace_epochs < search.epochs:  # ASHA first needs the accuracies to compare with
         numbers = [*sorted(ended), *numbers]
-    monitor = Monitor(trials, stop)
+    monitor = Monitor(trials)
     given = {"trials": trials, "root": str(Path.cwd()), "data": data}
     scratch = tempfile.TemporaryDirectory(  # in the folder that all machines share; never read
         prefix=utils.TEMPORARY, dir=trials.path.resolve(), ignore_cleanup_errors=True

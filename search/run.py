@@ -5,12 +5,11 @@ import time
 from collections import Counter
 from dataclasses import asdict, fields, replace
 
-import distributed
-import script
 import utils
-from checkpoint import lock_folder
-from config import CHECKPOINTS, PRESETS, check_batches, check_config, record
-from data import Dataset, load_dataset
+from config import CHECKPOINTS, PRESETS, check_config, record
+from data import Dataset, check_data, load_dataset
+from engine.run import end_by_signal, lock_folder
+from engine.script import stop_signals
 from search import figures
 from search.cluster import ray_started, trial_resources, trials_at_once
 from search.space import SPACE, Search, Space, check_search, check_space, with_defaults
@@ -25,9 +24,11 @@ def main(args: list[str], space: Space = SPACE) -> None:
         preset, *args = args
     if preset not in (None, *PRESETS):
         raise InputError(f"preset: {preset!r} is not one of {', '.join(PRESETS)}")
-    search = script.parse_command_line(
+    import tyro
+
+    search = tyro.cli(
         Search,
-        args,
+        args=args,
         prog=f"python -m search [{'|'.join(PRESETS)}]",
         description="Search for a network. Constants that are not in SPACE (search/space.py) are"
         " those of the preset.",
@@ -98,11 +99,9 @@ def run_search(search: Search, preset: str, space: Space = SPACE) -> list[Row]:
             f" {search.name}, or give another --name"
         )
     if len(trials.ended()) < search.num_samples:
-        base = trials.base
-        sizes = (search.val_size, search.download, search.train_size)
-        data = load_dataset(base.dataset, search.data_dir, *sizes, test=False)
-        largest = max(space.get("batch_size", [base.batch_size]))
-        check_batches(replace(base, batch_size=largest), len(data.train))
+        data = load_dataset(trials.base, test=False)
+        largest = max(space.get("batch_size", [trials.base.batch_size]))
+        check_data(replace(trials.base, batch_size=largest), data)
         received = run_on_ray(trials, preset, data)
     try:
         with lock_folder(trials.path):
@@ -115,13 +114,13 @@ def run_search(search: Search, preset: str, space: Space = SPACE) -> list[Row]:
 
 def run_on_ray(trials: Trials, preset: str, data: Dataset) -> int:
     """Start Ray and run the trials that are left; returns the signal that stopped them, or 0."""
-    search, stop = trials.search, distributed.StopSignals()
-    # Twice, since Ray replaces the handlers when it starts.
-    with distributed.StopSignals(), ray_started(search), stop:
+    search = trials.search
+    with stop_signals, ray_started(search), stop_signals:  # Ray replaces the handlers as it starts
         from search.ray_tune import run_trials
 
         resources = trial_resources(search)
-        stop.raise_if_received("before a trial began")
+        if stop_signals.received:
+            end_by_signal(stop_signals.received, "before a trial began")
         with lock_folder(trials.path):
             if not search.resume:
                 described = {"preset": preset, "space": repr(trials.space), **asdict(search)}
@@ -130,10 +129,10 @@ def run_on_ray(trials: Trials, preset: str, data: Dataset) -> int:
                 trials.remove_unless_resumable(number)
             print_plan(trials, preset, data, trials_at_once(resources))
             start, before = time.perf_counter(), seconds_trained(trials)
-            run_trials(trials, data, resources, stop)
+            run_trials(trials, data, resources)
             spent, trained = time.perf_counter() - start, seconds_trained(trials) - before
             print(f"{utils.duration(spent)} for {utils.duration(trained)} of training")
-    return stop.received
+        return stop_signals.received
 
 
 def seconds_trained(trials: Trials) -> float:

@@ -12,8 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import utils
-from checkpoint import PREVIOUS, load_run
-from config import CHECKPOINTS, Config, check_config, check_resumable
+from config import CHECKPOINTS, Config, check_config
+from engine.checkpoint import PREVIOUS
+from engine.run import Run
 from model import model_cost, pooled_size
 from search.space import (
     PER_STAGE,
@@ -169,9 +170,7 @@ class Trials:
         if not folder.exists():
             return
         try:
-            config = self.config(self.read(number))
-            if state := load_run(folder, resume=True, overwrite=False):
-                check_resumable(config, state["config"], folder)
+            Run(replace(self.config(self.read(number)), resume=True))
         except InputError as error:
             if any(path.suffix in (".json", ".pt") for path in folder.iterdir()):  # it had begun
                 utils.warn(f"trial {number} is trained again: {first_line(error)}")

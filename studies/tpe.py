@@ -11,13 +11,17 @@ tpe.csv is of commit 57553db, where trials were drawn differently: today the com
 trials from the same space.
 """
 
-import script
+if __name__ == "__main__":
+    from engine.script import run_script
+
+    run_script("studies.tpe")
 
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import utils
-from metrics import Row
+from engine.progress import Row
 from search.space import SPACE, LogUniform, Search
 from search.trials import METRIC
 from studies.choices.run import run
@@ -34,21 +38,13 @@ DRAWN = SPACE | {
 }
 SEEDS, TRIALS = range(5), (10, 20, 40)
 ALGORITHMS = ("random", "optuna")
+OPTIONS = Search(num_samples=max(TRIALS), epochs=2, grace_epochs=2, train_size=500, val_size=800)
 
 
 def searched(algorithm: str, seed: int) -> list[float]:
     """The validation accuracies of a search's trials in order; 10% for one that diverged."""
-    options = Search(
-        name=f"tpe-{algorithm}-{seed}",
-        num_samples=max(TRIALS),
-        epochs=2,
-        grace_epochs=2,
-        algorithm=algorithm,
-        train_size=500,
-        val_size=800,
-        seed=seed,
-    )
-    rows = run(options, "demo", DRAWN)
+    name = f"tpe-{algorithm}-{seed}"
+    rows = run(replace(OPTIONS, name=name, algorithm=algorithm, seed=seed), "demo", DRAWN)
     return [row[METRIC] or 10.0 for row in rows]
 
 
@@ -95,7 +91,3 @@ def print_table(rows: list[Row]) -> None:
         ]
         wins = sum(tpe > rand for rand, tpe in zip(best["random"], best["optuna"], strict=True))
         print(f"| {trials} | {' | '.join(cells)} | {wins} of {len(best['random'])} |")
-
-
-if __name__ == "__main__":
-    script.run_script(main)

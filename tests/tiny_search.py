@@ -5,7 +5,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import script
+if __name__ == "__main__":
+    from engine.script import run_script
+
+    run_script("tiny_search")
 
 from search import run
 from search.space import SPACE, LogUniform
@@ -22,7 +25,3 @@ TINY = SPACE | {
 
 def main(args):
     run.main(args, TINY)
-
-
-if __name__ == "__main__":
-    script.run_script(main)

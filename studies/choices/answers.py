@@ -9,7 +9,10 @@ stem and the shortcuts, are far less accurate: they answer one question and are 
 others.
 """
 
-import script
+if __name__ == "__main__":
+    from engine.script import run_script
+
+    run_script("studies.choices.answers")
 
 from collections.abc import Callable, Iterable
 
@@ -17,7 +20,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 import utils
-from metrics import Row
+from engine.progress import Row
 from search.figures import with_derived
 from search.trials import METRIC
 from studies.choices.run import FOLDER, whole
@@ -164,7 +167,3 @@ def answers() -> list[str]:
 def main(_args: list[str]) -> None:
     """Print the answers."""
     print("\n".join(answers()))
-
-
-if __name__ == "__main__":
-    script.run_script(main)

@@ -9,13 +9,16 @@ networks have 100,000 to 200,000 parameters and at most 20 million multiply-accu
 so that wide and deep networks are compared at similar cost. They are compared on 5,000 validation
 images; test images are not read.
 
-17 of the trials in trials.csv, the deepest ones, were trained on an NVIDIA H200 by this code without
-Ray; nine began there; the others were trained on two CPU cores; all in bfloat16. Trials 1 and 2 were
-trained on both: 85.38% and 83.32% on the CPU, 85.64% and 82.56% on the GPU. The ten longer
-trainings (commit 2201f3e) ran on the H200.
+17 of the trials in trials.csv, the deepest ones, were trained on an NVIDIA H200 by this code
+without Ray; nine began there; the others were trained on two CPU cores; all in bfloat16. Trials 1
+and 2 were trained on both: 85.38% and 83.32% on the CPU, 85.64% and 82.56% on the GPU. The ten
+longer trainings (commit 2201f3e) ran on the H200.
 """
 
-import script
+if __name__ == "__main__":
+    from engine.script import run_script
+
+    run_script("studies.choices.run")
 
 import shutil
 from collections.abc import Iterable
@@ -25,7 +28,7 @@ from pathlib import Path
 import utils
 from config import CHECKPOINTS, PRESETS, Config
 from data import load_dataset
-from metrics import Row
+from engine.progress import Row
 from search.run import load_search, run_search
 from search.space import PER_STAGE, SPACE, Search, Space, base_config
 from search.trials import ENDED, METRIC
@@ -77,10 +80,10 @@ def space() -> Space:
     return DRAWN | {name: (value,) for name, value in fixed(RECIPE).items()}
 
 
-def pilot() -> None:
-    """Train two networks with each recipe, for a third of the epochs of the search."""
+def pilot_runs() -> list[tuple[Row, Config]]:
+    """Two networks with each recipe, for a third of the epochs of the search."""
     base = replace(PRESETS["tpsnet"], epochs=PILOT_EPOCHS, val_size=OPTIONS.val_size)
-    runs = [
+    return [
         (
             {"recipe": recipe, "network": network},
             replace(
@@ -95,7 +98,6 @@ def pilot() -> None:
         for recipe in RECIPES
         for network, (num_blocks, c1) in NETWORKS.items()
     ]
-    train_all(runs, FOLDER / "pilot.csv")
 
 
 def search() -> None:
@@ -152,8 +154,7 @@ def train_all(runs: Iterable[tuple[Row, Config]], path: Path) -> None:
     """Train each configuration or continue it; write its row with the epochs and the accuracy."""
     found, data = [], None
     for row, config in runs:
-        sizes = (config.val_size, config.download, config.train_size)
-        data = data or load_dataset(config.dataset, config.data_dir, *sizes, test=False)
+        data = data or load_dataset(config, test=False)
         try:
             last = train(replace(config, wandb="disabled", resume=True), data)[0][-1]
         except DivergenceError:
@@ -164,11 +165,11 @@ def train_all(runs: Iterable[tuple[Row, Config]], path: Path) -> None:
 
 def main(args: list[str]) -> None:
     """Run one of the three parts."""
-    parts = {"pilot": pilot, "search": search, "longer": longer}
+    parts = {
+        "pilot": lambda: train_all(pilot_runs(), FOLDER / "pilot.csv"),
+        "search": search,
+        "longer": longer,
+    }
     if len(args) != 1 or args[0] not in parts:
         raise InputError(f"arguments: {' '.join(args)!r} is not one of {', '.join(parts)}")
     parts[args[0]]()
-
-
-if __name__ == "__main__":
-    script.run_script(main)
