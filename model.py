@@ -22,22 +22,16 @@ and their stages begin with pooling.
 multiply-accumulates and activation memory of any architecture without allocating it.
 """
 
-import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 from utils import IMAGE_SIZE, InputError, Range, check_fields, part_of
 
 MAX_PARAMS = 5_000_000  # the project's budget
-FOLD = 4  # pixels that FoldedBatchNorm takes as one
-FOLDED_CHANNELS = (24,)  # where it is used
-HAS_AMX = bool(torch.cpu.get_capabilities().get("amx_bf16"))  # the CPU has bfloat16 tiles
 
 
 @dataclass(frozen=True)
@@ -88,15 +82,15 @@ class BasicBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.conv1 = conv(in_channels, channels, conv_kernel, stride)
-        self.bn1 = BatchNorm2d(channels)
+        self.bn1 = nn.BatchNorm2d(channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = conv(channels, channels, conv_kernel)
-        self.bn2 = BatchNorm2d(channels)
+        self.bn2 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
         self.shortcut = nn.Identity()
         if stride != 1 or in_channels != channels:
             self.shortcut = nn.Sequential(
-                conv(in_channels, channels, skip_kernel, stride), BatchNorm2d(channels)
+                conv(in_channels, channels, skip_kernel, stride), nn.BatchNorm2d(channels)
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,7 +122,7 @@ class ResNet(nn.Module):
             self.conv1 = nn.Conv2d(3, a.c1, kernel_size=2, bias=False).requires_grad_(False)
         else:
             self.conv1 = conv(3, a.c1, kernel_size=3)
-        self.bn1 = BatchNorm2d(a.c1)
+        self.bn1 = nn.BatchNorm2d(a.c1)
         self.relu = nn.ReLU(inplace=True)
         stages, in_channels = [], a.c1
         for i, depth in enumerate(a.num_blocks):
@@ -182,151 +176,14 @@ class PooledConv(nn.Sequential):
         super().__init__(
             conv(in_channels, channels, kernel),
             nn.MaxPool2d(2),
-            BatchNorm2d(channels),
+            nn.BatchNorm2d(channels),
             nn.ReLU(inplace=True),
         )
 
 
 def conv(in_channels: int, channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
     """A convolution that keeps the resolution (or divides it by `stride`); BN supplies the bias."""
-    return Conv2d(in_channels, channels, kernel_size, stride, kernel_size // 2, bias=False)
-
-
-class Conv2d(nn.Conv2d):
-    """nn.Conv2d, but trained by MatmulConv where that is faster."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, in_channels, S, S) to (N, out_channels, S / stride, S / stride)."""
-        # Of larger kernels, patches would take too much memory.
-        suited = self.kernel_size <= (3, 3) and self.stride == (1, 1)
-        if self.training and suited and MatmulConv.is_faster(x):
-            return MatmulConv.apply(x, self.weight.to(x.dtype))
-        return super().forward(x)
-
-
-class MatmulConv(torch.autograd.Function):
-    """A convolution of small maps of many channels by matrix products, with stride 1.
-
-    On CPUs with AMX oneDNN is slow at them, most of all at the gradient of the weights: at 3x3
-    pixels and 384 channels a 3x3 one takes three times as long in all (studies/small_maps.py).
-    """
-
-    @staticmethod
-    def is_faster(x: Tensor) -> bool:
-        """Whether it is to be used for (N, I, S, S); the limits are what was measured."""
-        suited = x.dtype == torch.bfloat16 and x.shape[1] >= 96 and x.shape[-1] <= 7
-        return suited and x.device.type == "cpu" and HAS_AMX
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor) -> Tensor:
-        """(N, I, S, S) and (O, I, K, K) to (N, O, S, S)."""
-        ctx.save_for_backward(x, weight)
-        return convolve(x, weight)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradients of `x` and `weight`, from that of the output."""
-        x, weight = ctx.saved_tensors
-        rows = grad.permute(0, 2, 3, 1).flatten(0, 2)  # (N * S * S, O)
-        products = [rows.T @ seen.flatten(0, 2) for seen in shifted(x, weight.shape[-1])]
-        grad_weight = torch.stack(products, dim=-1).view_as(weight)
-        return convolve(grad, weight.transpose(0, 1).flip(2, 3)), grad_weight
-
-
-def convolve(x: Tensor, weight: Tensor) -> Tensor:
-    """F.conv2d that keeps the resolution, as one matrix product where that is faster."""
-    kernel, size = weight.shape[-1], x.shape[-1]
-    if x.shape[1] < 256 or size > 5:
-        return F.conv2d(x, weight, padding=kernel // 2)
-    patches = torch.cat(list(shifted(x, kernel)), dim=-1).flatten(0, 2)
-    product = patches @ weight.permute(2, 3, 1, 0).flatten(0, 2)
-    return product.view(len(x), size, size, -1).permute(0, 3, 1, 2)
-
-
-def shifted(x: Tensor, kernel: int) -> Iterator[Tensor]:
-    """What each place of a filter sees of (N, I, S, S): kernel**2 times (N, S, S, I)."""
-    size = x.shape[-1]
-    padded = F.pad(x, (kernel // 2,) * 4).permute(0, 2, 3, 1)
-    for i, j in itertools.product(range(kernel), repeat=2):
-        yield padded[:, i : i + size, j : j + size]
-
-
-class BatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d, but trained by FoldedBatchNorm where that is faster."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, S, S) to the same shape."""
-        if not (self.training and FoldedBatchNorm.is_faster(x)):
-            return super().forward(x)
-        y, mean, var = FoldedBatchNorm.apply(x, self.weight, self.bias, self.eps)
-        self.num_batches_tracked.add_(1)
-        pixels = x.numel() // len(mean)
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(var * (pixels / (pixels - 1)), self.momentum)
-        return y
-
-
-class FoldedBatchNorm(torch.autograd.Function):
-    """Batch normalisation of few channels, four pixels at a time as one of four times as many.
-
-    On CPUs PyTorch's takes twice as long at 24 channels, if these come last in memory; of 16 it is
-    the faster one (studies/small_maps.py).
-    """
-
-    @staticmethod
-    def is_faster(x: Tensor) -> bool:
-        """Whether it is to be used for (N, C, S, S); the limits are what was measured."""
-        few = x.shape[1] in FOLDED_CHANNELS and x.dtype == torch.bfloat16 and x.device.type == "cpu"
-        foldable = x.numel() % (FOLD * x.shape[1]) == 0
-        return few and foldable and x.is_contiguous(memory_format=torch.channels_last)
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(N, C, S, S) to the same shape; and the mean and biased variance, (C,) each."""
-        folded = fold(x)
-        unused = weight.new_zeros(2, FOLD * len(weight))  # without them, statistics in bfloat16
-        means, variances = torch.batch_norm_update_stats(folded, *unused, momentum=0)
-        means, variances = means.view(FOLD, -1), variances.view(FOLD, -1)
-        mean, var = means.mean(0), variances.mean(0) + means.var(0, correction=0)
-        ctx.save_for_backward(x, weight, mean, var)
-        ctx.eps = eps
-        ctx.mark_non_differentiable(mean, var)
-        y = torch.empty_like(x)  # written to, since a view could not go into a ReLU in place
-        torch.ops.aten.native_batch_norm.out(
-            folded, *(v.repeat(FOLD) for v in (weight, bias, mean, var)), False, 0, eps,
-            out=fold(y), save_mean=unused[0, :0], save_invstd=unused[1, :0],
-        )  # fmt: skip
-        return y, mean, var
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of `x`, `weight` and `bias`, from that of the output."""
-        x, weight, mean, var = ctx.saved_tensors
-        folded, repeated = fold(x), [v.repeat(FOLD) for v in (mean, var)]
-        # As of fixed statistics, ...
-        grad_x, *sums = torch.ops.aten.native_batch_norm_backward(
-            fold(grad), folded, weight.repeat(FOLD), *repeated, None, None,
-            False, ctx.eps, (ctx.needs_input_grad[0], True, True),
-        )  # fmt: skip
-        grad_weight, grad_bias = (v.view(FOLD, -1).sum(0) for v in sums)
-        if ctx.needs_input_grad[0]:
-            # ... less what they move along with x: an affine map of it.
-            scale = -weight / (var + ctx.eps).sqrt() / (x.numel() // len(mean))
-            parts = (v.repeat(FOLD) for v in (scale * grad_weight, scale * grad_bias))
-            grad_x = unfold(grad_x.add_(F.batch_norm(folded, *repeated, *parts, eps=ctx.eps)), x)
-        return grad_x, grad_weight, grad_bias, None
-
-
-def fold(x: Tensor) -> Tensor:
-    """(N, C, S, S) to (N * S * S / FOLD, FOLD * C), without a copy if the channels are last."""
-    return x.permute(0, 2, 3, 1).reshape(-1, FOLD * x.shape[1])
-
-
-def unfold(folded: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `fold`, to the shape of `like`."""
-    return folded.view(like.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+    return nn.Conv2d(in_channels, channels, kernel_size, stride, kernel_size // 2, bias=False)
 
 
 def per_stage(kernel: int | tuple[int, ...], num_stages: int) -> tuple[int, ...]:
