@@ -70,7 +70,7 @@ def test_scripts_exist():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_options_exist(command, monkeypatch, capsys):
-    options = re.findall(r"(?<!\S)--[a-z-]+", command)
+    options = re.findall(r"(?<!\S)--[a-z0-9-]+", command)
     if not options:
         return
     monkeypatch.setenv("COLUMNS", "200")
