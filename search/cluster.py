@@ -63,11 +63,11 @@ def ray_started(search: Search) -> Iterator[None]:
             logging_level="CRITICAL",
             runtime_env={"env_vars": {"PYTHONPATH": path}},
         )
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises plain ones, too
         if not search.address:
             raise InputError(
-                f"RAY_TMPDIR: Ray cannot start ({first_line(error)}); set it in the environment to"
-                " a folder for Ray's files, instead of /tmp"
+                f"ray: it cannot start here ({first_line(error)}); try again when the machine is"
+                " less busy, or set RAY_TMPDIR to a folder for Ray's files, instead of /tmp"
             ) from None
         raise InputError(
             f"address: no Ray cluster at {search.address!r} ({first_line(error)}); start one with"
