@@ -1,25 +1,21 @@
-"""Which pixels a training step sees: order, crop, rotation, flip, Cutout and AutoAugment.
+"""Augmentation: AutoAugment, random crop, rotation, flip and Cutout, drawn for each image.
 
-There are no worker processes: a batch is one gather from a tensor that is already on the device.
-Which images a batch holds and how each is augmented is a pure function of (seed, epoch, step), so
-a run can stop and go on anywhere, on any number of processes.
+Every draw is a pure function of (seed, epoch) and the order of the images.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import distributed
-from data import Dataset
+from config import Config
 from utils import IMAGE_SIZE, generator
 
-# AutoAugment's policy for CIFAR-10: pairs of operations, each with the probability that it is
-# applied and a level from 0 to 9, which means nothing to some.
+# AutoAugment's policy for CIFAR-10: pairs of operations, each with the probability of being applied
+# and a level from 0 to 9, which some operations ignore.
 AUTO_AUGMENT = (
     (("invert", 0.1, 0), ("contrast", 0.2, 6)),
     (("rotate", 0.7, 2), ("translate_x", 0.3, 9)),
@@ -49,88 +45,49 @@ AUTO_AUGMENT = (
 )
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    """AutoAugment, random crop, rotation, horizontal flip and Cutout, drawn for each image."""
+def draw(config: Config, indices: Tensor, epoch: int) -> tuple[Tensor, ...]:
+    """Draw an augmentation for each of the images `indices`, (N,), in their order.
 
-    crop_padding: int  # pixels added on each side before cropping back to 32x32
-    padding_mode: str  # `zeros`, or `reflect`: the image mirrored at its border
-    rotation_degrees: float  # either way
-    flip: str  # `none`, `random` or `alternating`
-    cutout_size: int  # side of the square that is greyed out, in pixels; 0 for none
-    auto_augment: bool = False  # whether AutoAugment comes first
-    small_images: str = "crop"  # `crop` to the center or `scale`, where smaller ones are asked for
+    Alternating flips mirror a random half of the images in the first epoch, the other half in the
+    second, and so on: two epochs show every image both ways (Jordan, arXiv:2404.00498).
 
-    def draw(self, indices: Tensor, seed: int, epoch: int) -> tuple[Tensor, ...]:
-        """Shifts (N, 2), angles (N,), flips (N,) and Cutout's corners (N, 2) of `indices`.
-
-        Alternating flips mirror a random half of the images in the first epoch, the other half in
-        the second, and so on: two epochs show every image both ways (Jordan, arXiv:2404.00498).
-        """
-        rng, n = generator("augmentation", seed, epoch), len(indices)
-        low, high = -self.crop_padding, self.crop_padding + 1
-        shift = torch.randint(low, high, (n, 2), generator=rng)
-        angle = (2 * torch.rand(n, generator=rng) - 1) * self.rotation_degrees
-        flip = torch.rand(n, generator=rng) < 0.5 * (self.flip == "random")
-        if self.flip == "alternating":
-            first = torch.rand(n, generator=generator("flip", seed)) < 0.5  # of each image
-            flip = first[indices] ^ (epoch % 2 == 0)
-        # A square's center is any pixel, so that it may reach over the edge.
-        corner = torch.randint(0, IMAGE_SIZE, (n, 2), generator=rng) - self.cutout_size // 2
-        return shift, angle, flip, corner
-
-    def __call__(
-        self, images: Tensor, draws: tuple[Tensor, ...], normalize: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """(N, 3, 32, 32) uint8 images, changed as `draw` drew it, to normalised float32 ones."""
-        *crop, corner = draws
-        images = normalize(augment(images, *crop, self.padding_mode))
-        return cut_out(images, corner, self.cutout_size) if self.cutout_size else images
-
-    def shrink(self, images: Tensor, size: int) -> Tensor:
-        """(N, 3, 32, 32) augmented images to (N, 3, size, size)."""
-        if size == IMAGE_SIZE:
-            return images
-        if self.small_images == "scale":
-            return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-        margin = (IMAGE_SIZE - size) // 2
-        center = slice(margin, margin + size)
-        return images[:, :, center, center]
-
-
-def train_batches(
-    data: Dataset,
-    augmentation: Augmentation,
-    batch_size: int,
-    seed: int,
-    epoch: int,
-    first_step: int = 0,
-    image_size: int = IMAGE_SIZE,
-) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Augmented, normalised images, labels and global size of an epoch's batches, on the device.
-
-    Under torchrun each process gets every n-th image of each global batch, augmented as it would
-    be in one process. The last batch holds what is left over.
-
-    Args:
-        first_step: batches to leave out, those that were trained on before.
-        image_size: side of the images that are given out, in pixels.
+    Returns:
+        Shifts (N, 2) in pixels, angles (N,) in degrees, flips (N,) and Cutout's corners (N, 2).
     """
-    num_images, device = len(data.train), data.train.labels.device
-    train = data.train
-    if augmentation.auto_augment:  # of the whole epoch: 100 calls, for any number of images
-        changed = auto_augment(train.images, *draw_pairs(num_images, seed, epoch))
-        train = replace(train, images=changed)
-    order = torch.randperm(num_images, generator=generator("order", seed, epoch))
-    draws = augmentation.draw(order, seed, epoch)
-    # All that an epoch draws goes to the device at once: no step waits for a transfer.
-    order, *draws = (tensor.to(device) for tensor in (order, *draws))
-    for start in range(first_step * batch_size, num_images, batch_size):
-        stop = min(start + batch_size, num_images)
-        share = slice(start + distributed.rank(), stop, distributed.num_processes())
-        batch = train[order[share]]
-        images = augmentation(batch.images, [draw[share] for draw in draws], data.normalize)
-        yield augmentation.shrink(images, image_size), batch.labels, stop - start
+    rng, n = generator("augmentation", config.seed, epoch), len(indices)
+    low, high = -config.crop_padding, config.crop_padding + 1
+    shift = torch.randint(low, high, (n, 2), generator=rng)
+    angle = (2 * torch.rand(n, generator=rng) - 1) * config.rotation_degrees
+    flip = torch.rand(n, generator=rng) < 0.5 * (config.flip == "random")
+    if config.flip == "alternating":
+        first = torch.rand(n, generator=generator("flip", config.seed)) < 0.5  # by image
+        flip = first[indices] ^ (epoch % 2 == 0)
+    # The center of a square is any pixel, so that the square may reach over the edge.
+    corner = torch.randint(0, IMAGE_SIZE, (n, 2), generator=rng) - config.cutout_size // 2
+    return shift, angle, flip, corner
+
+
+def apply(
+    config: Config,
+    images: Tensor,
+    draws: Sequence[Tensor],
+    normalize: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Augment (N, 3, 32, 32) uint8 images as drawn and normalize them."""
+    shift, angle, flip, corner = draws
+    images = normalize(augment(images, shift, angle, flip, config.padding_mode) / 255)
+    return cut_out(images, corner, config.cutout_size) if config.cutout_size else images
+
+
+def shrink(config: Config, images: Tensor, size: int) -> Tensor:
+    """(N, 3, 32, 32) augmented images to (N, 3, size, size)."""
+    if size == IMAGE_SIZE:
+        return images
+    if config.small_images == "scale":
+        return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+    margin = (IMAGE_SIZE - size) // 2
+    center = slice(margin, margin + size)
+    return images[:, :, center, center]
 
 
 def augment(
@@ -146,7 +103,7 @@ def augment(
         shift: (N, 2) pixels: the crop's first row and column, counted from the image's.
         angle: (N,) degrees, counter-clockwise.
         flip: (N,) bool.
-        padding_mode: what a crop finds outside the image: `zeros`, or `reflect`, its mirror image.
+        padding_mode: fills a crop outside the image with `zeros`, or the mirror image (`reflect`).
     """
     n, channels, size, _ = images.shape
     center = (size - 1) / 2
@@ -187,16 +144,16 @@ def cut_out(images: Tensor, corner: Tensor, size: int) -> Tensor:
 
 
 def auto_augment(images: Tensor, pair: Tensor, chance: Tensor, side: Tensor) -> Tensor:
-    """One of 25 pairs of operations on each image: AutoAugment (Cubuk et al., arXiv:1805.09501).
+    """Apply one of 25 pairs of operations to each image: AutoAugment (Cubuk, arXiv:1805.09501).
 
-    torchvision's transform draws once for all images that it is given. Here each image has a draw
-    of its own, and those that share it are changed together: 100 calls for any number of images.
+    torchvision's transform draws once for all images of a call. Here each image has its own draw,
+    and the images of equal draws are changed together: 100 calls for any number of images.
 
     Args:
         images: (N, 3, S, S) uint8.
         pair: (N,) indices into AUTO_AUGMENT, on the CPU.
-        chance: (N, 2) from 0 to 1: an operation is left out if its probability is smaller.
-        side: (N, 2) from 0 to 1: up to 0.5, an operation that has a direction goes the other way.
+        chance: (N, 2) from 0 to 1: an operation is skipped if its probability is smaller.
+        side: (N, 2) from 0 to 1: up to 0.5 the direction of an operation is reversed.
     """
     operations, images = auto_operations(), images.clone()
     for i, j, sign in itertools.product(range(len(AUTO_AUGMENT)), range(2), (-1, 1)):
@@ -209,7 +166,7 @@ def auto_augment(images: Tensor, pair: Tensor, chance: Tensor, side: Tensor) -> 
 
 
 def draw_pairs(num_images: int, seed: int, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What `auto_augment` does to each image of an epoch."""
+    """Draw the arguments `pair`, `chance` and `side` of `auto_augment` for an epoch."""
     rng = generator("auto_augment", seed, epoch)
     pair = torch.randint(len(AUTO_AUGMENT), (num_images,), generator=rng)
     chance, side = torch.rand(2, num_images, 2, generator=rng)
@@ -217,17 +174,17 @@ def draw_pairs(num_images: int, seed: int, epoch: int) -> tuple[Tensor, Tensor, 
 
 
 def auto_operations() -> dict[str, Callable[[Tensor, int, int], Tensor]]:
-    """AutoAugment's operations on (N, 3, S, S) images, with a level of 0 to 9 and a sign."""
+    """AutoAugment's operations, called with (N, 3, S, S) images, a level of 0 to 9 and a sign."""
     from torchvision.transforms.v2 import functional as v2
 
-    far = 150 / 331 * IMAGE_SIZE  # pixels: 150 of ImageNet's, in the paper
+    far = 150 / 331 * IMAGE_SIZE  # pixels: 150 of ImageNet's 331 in the paper
 
     def affine(x: Tensor, right: float = 0, down: float = 0, shear: float = 0) -> Tensor:
         degrees = [0, math.degrees(math.atan(shear))]
         return v2.affine(x, 0, [int(right), int(down)], 1, degrees, center=[0, 0])
 
     def at(level: int, most: float) -> float:
-        return torch.linspace(0, most, 10)[level].item()  # in float32, as torchvision has it
+        return torch.linspace(0, most, 10)[level].item()  # in float32, as in torchvision
 
     return {
         "shear_y": lambda x, level, sign: affine(x, shear=sign * at(level, 0.3)),

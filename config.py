@@ -1,10 +1,12 @@
-"""The constants of a run, which are what people edit, and the presets.
+"""The constants of a run: edit them here, or override them on the command line of train.py.
 
-`Config` is flat: the network (`Architecture`, in model.py), how it is trained (`Recipe`) and how
-the run is done (`Run`). The defaults are the paper's TPSNet; a preset names what it changes, so
-an edited default changes every preset that does not set it. All are options of train.py too.
+`Config` is flat. Its fields come in groups: the network (`Architecture`, in model.py), the data,
+the optimization and the arithmetic, which together decide the result; and the execution, which
+does not. The defaults are the paper's TPSNet and its recipe. A preset lists only what it changes,
+so an edited default changes every preset that does not set it.
 """
 
+import math
 import re
 import reprlib
 from dataclasses import asdict, dataclass, fields, replace
@@ -12,16 +14,24 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from model import MAX_PARAMS, Architecture, check_budget, feature_size, pooled_size
-from utils import IMAGE_SIZE, InputError, Range, check_fields, first_line, from_json, read_json
+from utils import (
+    IMAGE_SIZE,
+    InputError,
+    Range,
+    check_fields,
+    first_line,
+    from_json,
+    part_of,
+    read_json,
+)
 
 CHECKPOINTS = Path("checkpoints")
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How a network is trained. With the architecture and the seed it decides the result."""
+class Data:
+    """The images that a network is trained on, and how they are augmented."""
 
-    # The data
     dataset: Literal["cifar10", "digits"] = "cifar10"
     """CIFAR-10, or scikit-learn's handwritten digits, which need no download."""
     val_size: Annotated[int, Range(0)] = 0
@@ -29,39 +39,43 @@ class Recipe:
     train_size: Annotated[int, Range(0)] = 0
     """How many of the other training images to train on, for a quick comparison; 0 for all."""
     auto_augment: bool = False
-    """Change every image first by AutoAugment's policy: up to two operations on shape or color."""
+    """Apply AutoAugment's policy for CIFAR-10 first: up to two operations on shape or color."""
     crop_padding: Annotated[int, Range(0, 32)] = 4
     """Pixels of padding on each side before a random 32x32 crop."""
     padding_mode: Literal["zeros", "reflect"] = "zeros"
-    """What the padding holds: black, or the image mirrored at its border."""
+    """Fill the padding with black, or with the image mirrored at its border."""
     rotation_degrees: Annotated[float, Range(0, 180)] = 5.0
     """Random rotation, in degrees either way."""
     flip: Literal["none", "random", "alternating"] = "random"
-    """Mirror no image, a random half in each epoch, or one half and the other in turn."""
+    """Mirror no image, a random half in every epoch, or one half and the other in turn."""
     cutout_size: Annotated[int, Range(0, 32)] = 0
-    """Side of a square that is greyed out in every image, in pixels; 0 for none."""
+    """Side of the square that Cutout sets to gray in every image, in pixels; 0 for none."""
     small_fraction: Annotated[float, Range(0, 1)] = 0.0
-    """Fraction of the epochs, the first ones, that train on smaller images, in less time."""
+    """Fraction of the epochs, the first ones, that train on smaller images to save time."""
     small_size: Annotated[int, Range(8, 32)] = 28
-    """Side of these smaller images, in pixels."""
+    """Side of the smaller images, in pixels."""
     small_images: Literal["crop", "scale"] = "crop"
-    """What they are: the central pixels alone, or whole images that are scaled down."""
+    """Make them by cropping to the center, or by scaling the whole image down."""
 
-    # The optimization
+
+@dataclass(frozen=True)
+class Optimization:
+    """How the network learns."""
+
     epochs: Annotated[int, Range(1)] = 300
     """Passes over the training set."""
     batch_size: Annotated[int, Range(1)] = 128
-    """Images per step, over all processes together."""
+    """Images per step, over all processes."""
     keep_fraction: Annotated[float, Range(0.01, 1)] = 1.0
-    """Fraction of every batch to train on: what a narrow copy of the network finds hardest."""
+    """Fraction of every batch to train on: the images that a narrow copy finds hardest."""
     optimizer: Literal["sgd", "muon"] = "sgd"
-    """SGD, or Muon for the convolutions and Adam for all else."""
+    """SGD, or Muon for the convolutions and Adam for the rest."""
     lr: Annotated[float, Range(0, 1000)] = 0.01
     """Learning rate of SGD or Muon at the start of the schedule."""
     momentum: Annotated[float, Range(0, 1)] = 0.9
     """Momentum of SGD or Muon."""
     nesterov: bool = False
-    """Nesterov's momentum (sgd only: Muon's always is)."""
+    """Use Nesterov's momentum (sgd only; Muon always does)."""
     weight_decay: Annotated[float, Range(0, 1)] = 5e-4
     """L2 penalty on all parameters (sgd only)."""
     adam_lr: Annotated[float, Range(0, 1000)] = 0.005
@@ -69,53 +83,62 @@ class Recipe:
     label_smoothing: Annotated[float, Range(0, 1)] = 0.0
     """Fraction of each target spread evenly over all classes."""
     schedule: Literal["cosine", "cosine_restarts", "linear"] = "cosine"
-    """Learning rate: a cosine to 0, several with warm restarts, both by the epoch; or a line."""
+    """Learning rate: a cosine to 0 or several with warm restarts, by the epoch; or a line."""
     restart_epochs: Annotated[int, Range(1)] = 50
     """Epochs from one warm restart to the next (cosine_restarts only)."""
     warmup_epochs: Annotated[int, Range(0)] = 0
-    """Epochs, the first ones, in which the learning rate rises from 0."""
+    """First epochs, in which the learning rate rises from 0."""
     ema_decay: Annotated[float, Range(0, 0.999999)] = 0.0
-    """Keep, test and save a moving average of the weights, with this decay; 0 for the last ones."""
+    """Test and save a moving average of the weights with this decay; 0 for the last weights."""
     max_steps_per_epoch: Annotated[int, Range(0)] = 0
-    """Stop every epoch after this many steps, to rehearse a run; 0 for no limit."""
-
-    # The arithmetic
-    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
-    """Decides the initial weights, the order of the images, the augmentation and the dropout."""
-    bfloat16: bool = True
-    """Compute in bfloat16 where the device is faster at it; weights and loss stay float32."""
-    deterministic: bool = False
-    """Same bits in every run on a GPU too, by slower kernels; a CPU's are always the same."""
+    """End every epoch after this many steps, to rehearse a run; 0 for no limit."""
 
 
 @dataclass(frozen=True)
-class Run:
-    """How a run is done. It changes no result but by rounding, so --resume lets it change."""
+class Arithmetic:
+    """The random numbers and the precision."""
+
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
+    """Seed of the initial weights, the order of the images, the augmentation and the dropout."""
+    bfloat16: bool = True
+    """Compute in bfloat16 where that is faster; weights and loss stay float32."""
+    deterministic: bool = False
+    """Reproduce every bit on a GPU too, by slower kernels; a CPU always does."""
+
+
+@dataclass(frozen=True)
+class Recipe(Arithmetic, Optimization, Data):  # fields are listed from the last base to the first
+    """How a network is trained. Together with the architecture it decides the result."""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the run is carried out. It changes a result by rounding at most."""
 
     name: str = "tpsnet"
     """Folder of the run: checkpoints/NAME; GROUP/NAME makes it one of a group."""
     seeds: Annotated[int, Range(1)] = 1
-    """Networks to train one after the other, with seeds from SEED on, each as NAME-ITS_SEED."""
+    """Train this many networks in turn, with the seeds from SEED on, each as NAME-ITS_SEED."""
     resume: bool = False
-    """Go on with the run in checkpoints/NAME from its last saved step, or start it."""
+    """Continue the run in checkpoints/NAME from its last saved step, or start it."""
     overwrite: bool = False
-    """Remove the run that is in checkpoints/NAME and start anew."""
+    """Delete the run in checkpoints/NAME and start anew."""
     save_minutes: Annotated[float, Range(0, 1e6)] = 5.0
-    """Minutes between saves of the training state beside those at epochs' ends; 0: every step."""
+    """Minutes between saves within an epoch; 0 saves after every step."""
     compile: bool = False
-    """Run the network through torch.compile, which rounds otherwise; not tried on a GPU yet."""
+    """Use torch.compile, which rounds differently; not tried on a GPU yet."""
     data_dir: str = "data"
-    """Folder that holds CIFAR-10, or receives it."""
+    """Folder of CIFAR-10."""
     download: bool = True
-    """Fetch CIFAR-10 if it is not in data_dir."""
+    """Download CIFAR-10 into it if it is not there."""
     max_params: Annotated[int, Range(1)] = MAX_PARAMS
     """Refuse a network with more parameters than this."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """Weights & Biases; auto is online when logged in, else offline, and never asks."""
+    """Weights & Biases; auto is online when logged in, else offline, and never prompts."""
 
 
 @dataclass(frozen=True)
-class Config(Run, Recipe, Architecture):  # a dataclass lists the fields of its last base first
+class Config(Execution, Recipe, Architecture):
     """Every constant of a run. The defaults are the paper's TPSNet and its recipe."""
 
 
@@ -181,7 +204,7 @@ PRESETS = {
         lr=0.1,
     ),
 }
-# What `python train.py NAME` gives: test accuracy, number of runs, time and machine.
+# The test accuracy of `python train.py NAME`, with the number of runs and the machine.
 CLAIMS = {
     "tpsnet": "94.84% as published, not repeated here yet: the paper's network",
     "model1": "94.02% as published, not repeated here yet: wider, [3, 3, 3] blocks",
@@ -192,6 +215,27 @@ CLAIMS = {
     "best": "96.77 ± 0.07% (3 seeds on an NVIDIA H200): the highest accuracy",
     "demo": "99.72% of the digits (1 run, under 2 min on two cores of an EPYC)",
 }
+
+
+# ---------------------------------------------------------------- schedules
+
+
+def steps_per_epoch(config: Config, num_images: int) -> int:
+    """Steps of an epoch of `num_images` training images."""
+    steps = math.ceil(num_images / config.batch_size)
+    return min(steps, config.max_steps_per_epoch or steps)
+
+
+def images_per_epoch(config: Config, num_images: int) -> int:
+    """How many of the training images an epoch trains on."""
+    offered = min(steps_per_epoch(config, num_images) * config.batch_size, num_images)
+    return round(config.keep_fraction * offered)
+
+
+def image_size(config: Config, epoch: int) -> int:
+    """Side of the images of an epoch (from 1), in pixels."""
+    small = epoch <= round(config.small_fraction * config.epochs, 6)  # .29 x 100 is below 29
+    return config.small_size if small else IMAGE_SIZE
 
 
 # ---------------------------------------------------------------- checks, before any work
@@ -217,7 +261,7 @@ def check_config(config: Config) -> None:
     moved = config.flip != "none" or config.crop_padding or config.auto_augment
     if config.dataset == "digits" and moved:
         raise InputError(
-            "flip, crop_padding, auto_augment: they change what a digit means; add --flip none"
+            "flip, crop_padding, auto_augment: a digit may become another sign; add --flip none"
             " --crop-padding 0, or start from the demo preset"
         )
     check_budget(config, config.max_params)
@@ -231,7 +275,7 @@ def check_config(config: Config) -> None:
 
 
 def check_batches(config: Config, num_images: int, num_processes: int = 1) -> None:
-    """Raise InputError if `num_images` cannot be cut into batches that all processes share in."""
+    """Raise InputError if `num_images` cannot be divided into batches for all processes."""
     if not num_processes <= config.batch_size <= num_images:
         raise InputError(
             f"batch_size: {config.batch_size} for {num_images:,} training images and"
@@ -244,9 +288,9 @@ def check_batches(config: Config, num_images: int, num_processes: int = 1) -> No
             f" {num_images % config.batch_size} for {num_processes} processes; use another"
         )
     last = (num_images % config.batch_size or config.batch_size) // num_processes
-    network = (len(config.num_blocks), config.stem, config.downsample)
     smallest = config.small_size if config.small_fraction else IMAGE_SIZE
-    if round(config.keep_fraction * last) < 2 and feature_size(*network, smallest) == 1:
+    side = feature_size(len(config.num_blocks), config.stem, config.downsample, smallest)
+    if round(config.keep_fraction * last) < 2 and side == 1:
         raise InputError(
             f"batch_size: {config.batch_size} leaves a batch of one image to train on, from which"
             " batch normalization learns nothing where a feature map is one pixel; use another"
@@ -254,17 +298,18 @@ def check_batches(config: Config, num_images: int, num_processes: int = 1) -> No
 
 
 def check_resumable(config: Config, stored: dict[str, object], folder: Path) -> None:
-    """Raise InputError if a run that was started with other constants cannot go on with these.
+    """Raise InputError if a run that was started with other constants cannot continue with these.
 
-    `Run` may change, and `epochs` may grow: the schedule is the longer run's from there on.
+    The fields of `Execution` may change, and `epochs` may grow; from there on the schedule is that
+    of the longer run.
 
     Args:
         stored: the constants that the run was started with.
-        folder: the run's, for the message.
+        folder: of the run, for the message.
     """
     for constant in (*fields(Architecture), *fields(Recipe)):
         name, new = constant.name, getattr(config, constant.name)
-        # A constant that the run does not know came after it, with a default that changes nothing.
+        # A constant that is not stored is newer than the run; its default changes nothing.
         old = stored.get(name, constant.default)
         longer = name == "epochs" and new > old
         if old != new and not longer:
@@ -279,17 +324,17 @@ def check_resumable(config: Config, stored: dict[str, object], folder: Path) -> 
 
 
 def record(config: Config) -> dict[str, object]:
-    """The constants of a run, without those that only tell how to begin."""
+    """The constants of a run as JSON values, without `resume` and `overwrite`."""
     return asdict(replace(config, resume=False, overwrite=False))
 
 
 def load_config(path: str | Path) -> Config:
-    """The constants in a config.json, or in a best.json of search.py.
+    """Read the constants in a config.json, or in the best.json of a search.
 
     Raises:
-        InputError: the file is missing, or holds something else or what cannot be trained.
+        InputError: the file is missing, holds something else, or its constants cannot be trained.
     """
-    remedy = "name a config.json that train.py wrote, or a best.json of search.py"
+    remedy = "name a config.json that train.py wrote, or the best.json of a search"
     try:
         config = from_json(Config, read_json(path))
     except OSError as error:
@@ -302,3 +347,48 @@ def load_config(path: str | Path) -> Config:
         ) from None
     check_config(config)
     return config
+
+
+# ---------------------------------------------------------------- the command line of train.py
+
+GROUPS = (Architecture, Data, Optimization, Arithmetic, Execution)  # the headings of -h
+
+
+def parse_command_line(args: list[str]) -> Config:
+    """The constants of the preset or file that the arguments name, with their overrides."""
+    # Parsed once to find the preset or file, and once more with its constants as the defaults.
+    preset, path, *_ = parse([arg for arg in args if arg not in ("-h", "--help")], "tpsnet", "")
+    *_, config = parse(args, preset, path)
+    return config
+
+
+def parse(args: list[str], preset: str, path: str) -> tuple[str, str, Config]:
+    """The preset, the path of the file and all constants; what `args` lack is as given."""
+    import tyro
+
+    @dataclass
+    class CommandLine:
+        preset: Annotated[Literal[tuple(PRESETS)], tyro.conf.Positional]
+        """Constants to start from."""
+        config: str
+        """Start from the constants of a file instead: a run's config.json, a search's best.json."""
+        network: Architecture
+        data: Data
+        optimization: Optimization
+        arithmetic: Arithmetic
+        run: Execution
+
+    start = load_config(path) if path else PRESETS[preset]
+    claims = "\n".join(f"  {name:7} {claim}" for name, claim in CLAIMS.items())
+    parsed = tyro.cli(
+        CommandLine,
+        args=args,
+        default=CommandLine(preset, path, *(part_of(start, group) for group in GROUPS)),
+        prog="train.py",
+        description="Train a network. Presets, and their test accuracy:\n\n"
+        f"{claims}\n\nThe defaults below are those of {path or preset}.",
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    groups = (parsed.network, parsed.data, parsed.optimization, parsed.arithmetic, parsed.run)
+    constants = {k: getattr(g, k) for g in groups for k in asdict(g)}
+    return parsed.preset, parsed.config, Config(**constants)

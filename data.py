@@ -1,22 +1,30 @@
-"""CIFAR-10 and scikit-learn's digits: loaded whole as uint8, checked, and split."""
+"""Images: CIFAR-10 or scikit-learn's digits, loaded, checked, split, and given out in batches.
+
+A data set is held whole, as uint8, on the device. There are no worker processes: a batch is one
+gather. The images of a batch and their augmentation are a pure function of (seed, epoch, step), so
+a run can stop and go on anywhere, on any number of processes.
+"""
 
 import contextlib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from utils import IMAGE_SIZE, InputError, first_line, normalizer, warn
+import augment
+from config import Config, check_batches, image_size, steps_per_epoch
+from engine.distributed import num_processes, rank
+from utils import IMAGE_SIZE, InputError, first_line, generator, warn
 
-# Class names, and per channel the mean and std of all pixels of the training images, scaled to
-# [0, 1]. The CIFAR-10 std that is copied everywhere, (0.2023, 0.1994, 0.2010), is not that: it is
-# a mean of per-image stds.
+# Class names, and the mean and std per channel over all pixels of the training images, scaled to
+# [0, 1]. The std that many repositories copy for CIFAR-10, (0.2023, 0.1994, 0.2010), is another
+# quantity: the mean of the std of each image.
 FACTS = {
     "cifar10": (
         "airplane automobile bird cat deer dog frog horse ship truck".split(),
@@ -38,7 +46,10 @@ BINARY_SHA1 = {  # of the official files
 IMAGES_PER_FILE = 10_000
 RECORD_BYTES = 1 + 3 * IMAGE_SIZE**2  # label, then the red, green and blue planes
 
-SPLIT_SEED = 0  # of the validation and digits splits: the same for every run, so runs compare
+SPLIT_SEED = 0  # of the validation and digits splits; the same in every run, so runs compare
+EVAL_BATCH = 500  # images; the same in all scripts, so that their results agree to the last bit
+
+Batch = tuple[Tensor, Tensor, int]  # images, labels, size of the global batch
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set, whole, with what a checkpoint must know of it."""
+    """The splits of a data set, and the facts about it that a checkpoint records."""
 
     name: str
     class_names: tuple[str, ...]
@@ -70,13 +81,8 @@ class Dataset:
     train: Split
     val: Split  # empty for val_size=0
     test: Split
-    fingerprint: str  # SHA-256 of all images and labels, before the validation split
+    fingerprint: str  # SHA-256 of all images and labels that were read, before the validation split
     unofficial: tuple[str, ...] = ()  # files that differ from the official release
-    train_fingerprint: str = ""  # of the training images alone: that of a run which read no others
-
-    def is_known_as(self, fingerprint: object) -> bool:
-        """Whether a run that noted this fingerprint had these images."""
-        return fingerprint in (self.fingerprint, self.train_fingerprint)
 
     def to(self, device: torch.device) -> "Dataset":
         """The same data on `device`."""
@@ -84,51 +90,103 @@ class Dataset:
         return replace(self, train=train, val=val, test=test)
 
     @cached_property
-    def normalize(self) -> Callable[[Tensor], Tensor]:
-        """What makes uint8 images on the data's device what a network takes."""
-        return normalizer(self.mean, self.std, self.train.labels.device)
+    def normalize(self) -> "Normalize":
+        """The normalization of these images, on their device."""
+        return Normalize(self.mean, self.std).to(self.train.labels.device)
+
+
+class Normalize(nn.Module):
+    """RGB in [0, 1], (N, 3, S, S), to about zero mean and unit variance, as the networks take it.
+
+    Args:
+        mean, std: per channel, of images scaled to [0, 1].
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(images - mean) / std."""
+        return (images - self.mean) / self.std
+
+
+# ---------------------------------------------------------------- batches
+
+
+def train_batches(
+    data: Dataset, config: Config, epoch: int, first_step: int = 0
+) -> Iterator[Batch]:
+    """Yield an epoch's batches: augmented, normalized images, their labels, the global batch size.
+
+    Under torchrun each process gets every n-th image of each global batch, augmented as it would
+    be in one process. The last batch holds what is left over.
+
+    Args:
+        epoch: from 1.
+        first_step: the step to begin with, from 0.
+    """
+    num_images, device = len(data.train), data.train.labels.device
+    images, labels = data.train.images, data.train.labels
+    if config.auto_augment:  # the whole epoch at once: 100 calls for any number of images
+        pairs = augment.draw_pairs(num_images, config.seed, epoch)
+        images = augment.auto_augment(images, *pairs)
+    order = torch.randperm(num_images, generator=generator("order", config.seed, epoch))
+    draws = augment.draw(config, order, epoch)
+    # The draws of an epoch go to the device at once, so that no step waits for a transfer.
+    order, *draws = (tensor.to(device) for tensor in (order, *draws))
+    for step in range(first_step, steps_per_epoch(config, num_images)):
+        start = step * config.batch_size
+        stop = min(start + config.batch_size, num_images)
+        share = slice(start + rank(), stop, num_processes())
+        chosen = order[share]
+        x = augment.apply(config, images[chosen], [d[share] for d in draws], data.normalize)
+        yield augment.shrink(config, x, image_size(config, epoch)), labels[chosen], stop - start
+
+
+def eval_batches(images: Tensor, normalize: Normalize) -> Iterator[Tensor]:
+    """Yield (N, 3, 32, 32) uint8 images in order, normalized, in batches of EVAL_BATCH.
+
+    Under torchrun each process gets every n-th batch.
+    """
+    for batch in images.split(EVAL_BATCH)[rank() :: num_processes()]:
+        yield normalize(batch / 255)
 
 
 # ---------------------------------------------------------------- loading
 
 
-def load_dataset(
-    name: str,
-    data_dir: str | Path = "data",
-    val_size: int = 0,
-    download: bool = True,
-    train_size: int = 0,
-    test: bool = True,
-) -> Dataset:
-    """`cifar10` (from `data_dir`, fetched if need be) or `digits` (shipped inside scikit-learn).
+def load_dataset(config: Config, test: bool = True) -> Dataset:
+    """Load the data set of a configuration and split it.
+
+    CIFAR-10 comes from `data_dir`, into which it is downloaded if need be; the digits come with
+    scikit-learn. `val_size` images are set aside, and `train_size` of the others are kept, with the
+    same share of every class.
 
     Args:
-        val_size: training images to set aside for validation, the same share of every class.
-        download: whether CIFAR-10 may be fetched.
-        train_size: of the other training images, how many to keep, again of every class; 0 for all.
-        test: whether to read the test images; else there are none.
+        test: read the test images; otherwise the test split is empty.
 
     Raises:
         InputError: a file is missing, damaged or foreign, or a size is out of range.
     """
-    if name not in FACTS:
-        raise InputError(f"dataset: {name!r} is not one of {', '.join(FACTS)}")
-    data_dir = Path(data_dir).expanduser()  # torchvision would, for its download alone
-    if name == "digits":
+    if config.dataset not in FACTS:
+        raise InputError(f"dataset: {config.dataset!r} is not one of {', '.join(FACTS)}")
+    data_dir = Path(config.data_dir).expanduser()  # torchvision does so for its download alone
+    if config.dataset == "digits":
         dataset = load_digits(test)
     elif (data_dir / BINARY_FOLDER).is_dir():
         dataset = load_cifar10_binary(data_dir / BINARY_FOLDER, test)
     else:
-        dataset = load_cifar10_archive(data_dir, download, test)
-    return take_training(split_validation(dataset, val_size), train_size)
+        dataset = load_cifar10_archive(data_dir, config.download, test)
+    return take_training(split_validation(dataset, config.val_size), config.train_size)
 
 
 def load_cifar10_archive(data_dir: Path, download: bool, test: bool = True) -> Dataset:
-    """CIFAR-10 from the official archive, by torchvision: its download, its extraction, its MD5."""
+    """Load CIFAR-10 from the official archive by torchvision, which downloads and checks it."""
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity
 
-    check_links(data_dir / CIFAR10.filename, *Path(data_dir, CIFAR10.base_folder).glob("*"))
     archive_is_here = check_integrity(data_dir / CIFAR10.filename, CIFAR10.tgz_md5)
     folder_is_new = not data_dir.exists()
     try:
@@ -138,7 +196,7 @@ def load_cifar10_archive(data_dir: Path, download: bool, test: bool = True) -> D
     except (OSError, RuntimeError) as error:
         if folder_is_new:
             with contextlib.suppress(OSError):
-                data_dir.rmdir()  # made for a download that brought nothing
+                data_dir.rmdir()  # made for a download that failed
         raise InputError(
             f"data_dir: no CIFAR-10 in {data_dir} ({first_line(error)}); put {CIFAR10.filename}"
             f" (MD5 {CIFAR10.tgz_md5}) there, or {BINARY_FOLDER}/; or run `python train.py demo`,"
@@ -155,11 +213,10 @@ def load_cifar10_archive(data_dir: Path, download: bool, test: bool = True) -> D
 
 
 def load_cifar10_binary(folder: Path, test: bool = True) -> Dataset:
-    """CIFAR-10 in the official binary layout: six files of 10,000 records, label then pixels.
+    """Load CIFAR-10 in the official binary layout: six files of 10,000 records, label then pixels.
 
-    A file whose SHA-1 is not the official one is a one-line warning, and recorded.
+    Files whose SHA-1 is not the official one are reported in a warning, and recorded.
     """
-    check_links(*(folder / name for name in BINARY_SHA1))
     *training, last = BINARY_SHA1
     names = [*training, last] if test else training
     files = {name: read_binary(folder / name) for name in names}
@@ -181,18 +238,12 @@ def load_cifar10_binary(folder: Path, test: bool = True) -> Dataset:
     return make_dataset("cifar10", *splits, unofficial=unofficial)
 
 
-def check_links(*paths: Path) -> None:
-    """Raise InputError if one is a link out of its folder: a download would write through it."""
-    for path in paths:
-        if path.is_symlink() and not path.resolve().is_relative_to(path.parent.resolve()):
-            raise InputError(
-                f"data_dir: {path} is a link to {path.resolve()}, outside its folder; put the file"
-                " itself there, or link the whole folder"
-            )
-
-
 def read_binary(path: Path) -> np.ndarray:
-    """The records of one binary file, (10000, 3073) uint8."""
+    """Read the records of a binary file, (10000, 3073) uint8.
+
+    Raises:
+        InputError: the file cannot be read, is truncated, or holds something else.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -231,10 +282,9 @@ def load_digits(test: bool = True) -> Dataset:
 def make_dataset(
     name: str, train: Split, test: Split | None = None, unofficial: tuple[str, ...] = ()
 ) -> Dataset:
-    """The Dataset of these splits, nothing set aside for validation yet."""
+    """Make a Dataset without a validation split."""
     test = train[:0] if test is None else test
     class_names, mean, std = FACTS[name]
-    train_fingerprint, whole_fingerprint = fingerprints(train, test)
     return Dataset(
         name=name,
         class_names=tuple(class_names),
@@ -243,14 +293,13 @@ def make_dataset(
         train=train,
         val=train[:0],
         test=test,
-        fingerprint=whole_fingerprint,
+        fingerprint=fingerprint(train, test),
         unofficial=unofficial,
-        train_fingerprint=train_fingerprint,
     )
 
 
 def split_validation(dataset: Dataset, val_size: int) -> Dataset:
-    """`dataset` with `val_size` of its training images moved to `val`, class by class."""
+    """Move `val_size` training images to the validation split, stratified by class."""
     if val_size == 0:
         return dataset
     check_size("val_size", val_size, dataset)
@@ -259,15 +308,25 @@ def split_validation(dataset: Dataset, val_size: int) -> Dataset:
 
 
 def take_training(dataset: Dataset, train_size: int) -> Dataset:
-    """`dataset` with only `train_size` of its training images, of every class the same share."""
+    """Keep `train_size` of the training images, stratified by class; 0 keeps all."""
     if train_size in (0, len(dataset.train)):
         return dataset
     check_size("train_size", train_size, dataset)
     return replace(dataset, train=stratified(dataset.train, train_size)[1])
 
 
+def check_data(config: Config, data: Dataset) -> None:
+    """Raise InputError if the data cannot be divided into batches, or has other classes."""
+    check_batches(config, len(data.train), num_processes())
+    if config.num_classes != len(data.class_names):
+        raise InputError(
+            f"num_classes: {config.num_classes}, but {data.name} has {len(data.class_names)}; use"
+            " that"
+        )
+
+
 def check_size(name: str, size: int, dataset: Dataset) -> None:
-    """Raise InputError unless both parts of a split at `size` can have images of every class."""
+    """Raise InputError unless both parts of the split can have images of every class."""
     num_classes, num_images = len(dataset.class_names), len(dataset.train)
     if not num_classes <= size <= num_images - num_classes:
         raise InputError(
@@ -277,7 +336,7 @@ def check_size(name: str, size: int, dataset: Dataset) -> None:
 
 
 def stratified(split: Split, size: int) -> tuple[Split, Split]:
-    """`split` without `size` of its images, and those, each with the same share of every class."""
+    """Split off `size` images, stratified by class. Returns (rest, split off)."""
     from sklearn.model_selection import train_test_split
 
     rest, held_out = train_test_split(
@@ -286,14 +345,10 @@ def stratified(split: Split, size: int) -> tuple[Split, Split]:
     return split[np.sort(rest)], split[np.sort(held_out)]
 
 
-def fingerprints(*splits: Split) -> list[str]:
-    """SHA-256 of images and labels, of the first split, of the first two, and so on.
-
-    The same for the archive and the binary layout.
-    """
-    digest, found = hashlib.sha256(), []
+def fingerprint(*splits: Split) -> str:
+    """SHA-256 of images and labels, the same for the archive and the binary layout."""
+    digest = hashlib.sha256()
     for split in splits:
         digest.update(split.images.numpy())
         digest.update(split.labels.to(torch.uint8).numpy())
-        found.append(digest.hexdigest())
-    return found
+    return digest.hexdigest()

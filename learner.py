@@ -1,99 +1,99 @@
-"""What learns in a run: the network with all that moves it, and the proxy that picks its images."""
+"""One training step: a network with its optimizers, learning rate and average; and the proxy."""
 
+import contextlib
+import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-import distributed
-from config import Config
-from data import Dataset
+from config import Config, steps_per_epoch
+from data import Batch, Dataset
+from engine import distributed
+from engine.layers import FasterLayers
 from model import ResNet
-from optim import lr_factor, make_average, make_optimizers
-from utils import InputError, first_line
+from utils import InputError, derive_seed, first_line
 
-PROXY_INTERVAL = 4  # steps: a proxy learns from the first of as many
-Batch = tuple[Tensor, Tensor, int]  # images, labels, size of the global batch
+ADAM_BETAS = (0.9, 0.95)
+PROXY_INTERVAL = 4  # steps; a proxy learns from the first of as many
 
 
 class Learner:
-    """A network and all that moves it: optimizers, average, precision and criterion."""
+    """A network, and all that changes while it learns.
 
-    def __init__(
-        self, config: Config, data: Dataset, device: torch.device, steps_per_epoch: int
-    ) -> None:
-        self.config, self.steps_per_epoch, self.steps = config, steps_per_epoch, 0
+    Attributes:
+        model: the network that is trained.
+        eval_model: the network to be tested and saved: the average if there is one, else `model`.
+    """
+
+    def __init__(self, config: Config, data: Dataset, device: torch.device) -> None:
+        self.config, self.steps = config, 0
+        self.steps_per_epoch = steps_per_epoch(config, len(data.train))
         self.model = make_model(config, data, device)
         self.ema = make_average(self.model, config.ema_decay) if config.ema_decay else None
-        self.eval_model = self.ema.module if self.ema else self.model  # to be tested and saved
+        self.eval_model = self.ema.module if self.ema else self.model
         self.parallel = distributed.wrap_ddp(self.model)
+        dtype = distributed.compute_dtype(device, config.bfloat16)
         self.autocast = distributed.make_autocast(device, config.bfloat16)
+        faster = device.type == "cpu" and dtype == torch.bfloat16 and not config.compile
+        self.faster_layers = FasterLayers() if faster else contextlib.nullcontext()
         self.criterion = nn.CrossEntropyLoss(
             reduction="sum", label_smoothing=config.label_smoothing
         )
-        self.optimizers = make_optimizers(
-            self.model,
-            config.optimizer,
-            config.lr,
-            config.momentum,
-            config.nesterov,
-            config.weight_decay,
-            config.adam_lr,
-            distributed.compute_dtype(device, config.bfloat16),
-        )
+        self.optimizers = make_optimizers(self.model, config, dtype)
         self.rates = (config.lr, config.adam_lr)[: len(self.optimizers)]
 
     @property
     def lr(self) -> float:
-        """Learning rate of the next step, of SGD or Muon."""
-        return self.rates[0] * self.lr_factor
-
-    @property
-    def lr_factor(self) -> float:
-        """The same for all optimizers, as a fraction of their rates at the start."""
-        c = self.config
-        annealing = (c.epochs, c.schedule, c.warmup_epochs, c.restart_epochs)
-        return lr_factor(self.steps, self.steps_per_epoch, *annealing)
+        """Learning rate of SGD or Muon in the next step."""
+        return self.config.lr * lr_factor(self.config, self.steps, self.steps_per_epoch)
 
     def step(self, images: Tensor, labels: Tensor, n: int) -> Tensor:
         """Learn from this process's share of a global batch of `n` images.
 
-        Returns the summed loss and how many were right, (2,), left on the device.
+        Returns:
+            The summed loss and the number of correct predictions, (2,), left on the device.
         """
         logits = self.forward(images)
         loss = self.criterion(logits, labels)
-        # DDP averages the gradients over the processes. Scaled like this, their mean is that of
-        # the mean loss over the global batch, even where its images do not share out evenly.
+        # DDP averages the gradients over the processes. Scaled like this, their mean is that of the
+        # mean loss over the global batch, even where the shares differ in size.
         self.update(loss * distributed.num_processes() / n)
         return torch.stack([loss.detach(), (logits.argmax(1) == labels).sum()])
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, num_classes) float32 logits of (N, 3, S, S) normalised images."""
-        with self.autocast:
+        """(N, 3, S, S) normalized images to (N, num_classes) float32 logits, in training mode."""
+        epoch, step = divmod(self.steps, self.steps_per_epoch)
+        # Reseeded in every step, so that dropout, like the batches, needs no saved state.
+        key = (self.config.seed, epoch + 1, step, distributed.rank())
+        torch.manual_seed(derive_seed("dropout", *key))
+        with self.autocast, self.faster_layers:
             return self.parallel(images).float()
 
     def update(self, loss: Tensor) -> None:
-        """Move the weights along the gradient of `loss`."""
+        """Step against the gradient of `loss`, then update the average."""
         loss.backward()
-        factor = self.lr_factor
+        factor = lr_factor(self.config, self.steps, self.steps_per_epoch)
         for optimizer, lr in zip(self.optimizers, self.rates, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = lr * factor
             optimizer.step()
-        self.model.zero_grad()  # here, since the end of the next forward pass is the memory's peak
+        self.model.zero_grad()  # here, before memory peaks at the end of the next forward pass
         if self.ema:
             self.ema.update_parameters(self.model)
         self.steps += 1
 
     def synchronize_buffers(self) -> None:
-        """Give every process the main one's BN statistics."""
+        """Copy the BN statistics of the main process to all, so that all test the same network."""
         distributed.synchronize_buffers(self.model)
         if self.ema:
             distributed.synchronize_buffers(self.ema.module)
 
     def state_dict(self) -> dict[str, object]:
-        """All that changes while it learns."""
+        """Everything that changes while it learns."""
         return {
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -102,14 +102,14 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Be as when `state` was taken."""
+        """Restore the state returned by `state_dict`."""
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
             for weight, kept in optimizer.state.items():
                 for name, value in kept.items():
                     if isinstance(value, Tensor) and value.shape == weight.shape:
-                        # Laid out as the weight is: fused updates pair the two by their memory.
+                        # Fused updates need the memory layout of the weight.
                         kept[name] = torch.empty_like(weight).copy_(value)
         if self.ema:
             self.ema.load_state_dict(state["ema"])
@@ -117,18 +117,15 @@ class Learner:
 
 
 class Proxy:
-    """A narrow copy of the network (width 1) that picks the images worth a step of the network.
+    """A narrow copy of the network (width 1) that picks the hardest images of every batch.
 
-    It looks at every batch and learns from every fourth (PROXY_INTERVAL), from what it picks: the
-    images of the largest loss. Late in a training most are easy and would teach the network little
-    (Jordan, airbench96_faster, github.com/KellerJordan/cifar10-airbench, 2024).
+    It classifies every batch, picks the images of the largest loss, and learns from those of every
+    fourth batch (PROXY_INTERVAL). Late in a training most images are easy and would teach the
+    network little (Jordan, airbench96_faster, github.com/KellerJordan/cifar10-airbench, 2024).
     """
 
-    def __init__(
-        self, config: Config, data: Dataset, device: torch.device, steps_per_epoch: int
-    ) -> None:
-        narrow = replace(config, width=1, ema_decay=0.0)
-        self.learner = Learner(narrow, data, device, steps_per_epoch)
+    def __init__(self, config: Config, data: Dataset, device: torch.device) -> None:
+        self.learner = Learner(replace(config, width=1, ema_decay=0.0), data, device)
         self.keep_fraction = config.keep_fraction
         self.criterion = nn.CrossEntropyLoss(
             reduction="none", label_smoothing=config.label_smoothing
@@ -137,10 +134,12 @@ class Proxy:
         self.load_state_dict = self.learner.load_state_dict
 
     def hardest(self, batches: Iterable[Batch], first_step: int = 0) -> Iterator[Batch]:
-        """An epoch's batches, of each the fraction with the largest loss, hardest first.
+        """Yield the fraction of each batch with the largest loss, hardest first.
 
-        The first one is the epoch's batch number `first_step`. Under torchrun every process picks
-        from its own share.
+        Under torchrun every process picks from its own share.
+
+        Args:
+            first_step: number of the first batch in its epoch, from 0.
         """
         for step, (images, labels, n) in enumerate(batches, start=first_step):
             learns = step % PROXY_INTERVAL == 0
@@ -157,22 +156,25 @@ class Proxy:
             yield images[chosen], labels[chosen], n
 
     def kept(self, num_images: int) -> int:
-        """How many of `num_images` are trained on, at least one."""
+        """How many of `num_images` are kept, at least one."""
         return max(1, round(self.keep_fraction * num_images))
 
 
+# ---------------------------------------------------------------- the network
+
+
 def make_model(config: Config, data: Dataset, device: torch.device) -> ResNet:
-    """The network with its initial weights, as the seed has them."""
+    """Build the network with the initial weights of its seed."""
     torch.manual_seed(config.seed)
     model = ResNet(config)
     model.to(device, memory_format=memory_format(model, device))
     if config.stem == "whitening":
-        model.set_whitening(data.normalize(data.train.images[:5000]))
+        model.set_whitening(data.normalize(data.train.images[:5000] / 255))
     if config.compile:
         check_compiler(device)
-        # With CUDA graphs on a GPU, where launching the kernels takes time. A code for every shape:
-        # one for all would be slower. A network and its proxy, which share `forward`, have more
-        # than the 8 that are allowed: each with and without gradients, whole and last batches.
+        # CUDA graphs save the time of launching kernels on a GPU. Code is compiled for every shape,
+        # which is faster than code for all. A network and its proxy share `forward` and need more
+        # than the default limit of 8: with and without gradients, whole and last batches.
         torch._dynamo.config.recompile_limit = 64
         mode = "reduce-overhead" if device.type == "cuda" else "default"
         model.compile(mode=mode, dynamic=False)
@@ -180,9 +182,9 @@ def make_model(config: Config, data: Dataset, device: torch.device) -> ResNet:
 
 
 def memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:
-    """Channels last, which is faster, except where oneDNN cannot do it.
+    """Channels last, which is faster, except where oneDNN has a bug.
 
-    On a CPU with AVX2 alone, the gradient of its strided 1x1 convolution of fewer than 8 channels
+    On CPUs with AVX2 alone, the gradient of a strided 1x1 convolution of fewer than 8 channels
     writes past the end of its memory (github.com/uxlfoundation/oneDNN/issues/6035).
     """
     fatal = any(
@@ -194,11 +196,128 @@ def memory_format(model: nn.Module, device: torch.device) -> torch.memory_format
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raise InputError if torch.compile does not work here, of which the network would say more."""
+    """Raise InputError if torch.compile does not work here."""
     try:
         torch.compile(torch.sin)(torch.zeros(1, device=device))
-    except Exception as error:  # whatever it lacks
+    except Exception as error:  # it depends on what is missing
         raise InputError(
             f"compile: torch.compile does not work here ({first_line(error)}); install what it"
-            " lacks, on a CPU a C++ compiler, or use --no-compile"
+            " needs, on a CPU a C++ compiler, or use --no-compile"
         ) from None
+
+
+# ---------------------------------------------------------------- the optimizers
+
+
+def make_optimizers(
+    model: nn.Module, config: Config, dtype: torch.dtype = torch.float32
+) -> list[torch.optim.Optimizer]:
+    """`sgd` for all parameters; or `muon` for the convolutions and Adam for the rest.
+
+    Nesterov's momentum and weight decay apply to SGD alone. Muon multiplies matrices in `dtype`.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if config.optimizer == "sgd":
+        return [
+            torch.optim.SGD(
+                parameters,
+                config.lr,
+                config.momentum,
+                weight_decay=config.weight_decay,
+                nesterov=config.nesterov,
+                fused=True,
+            )
+        ]
+    filters = [p for p in parameters if p.ndim == 4]
+    others = [p for p in parameters if p.ndim < 4]  # of batch normalization and the linear layer
+    adam = torch.optim.Adam(others, config.adam_lr, ADAM_BETAS, fused=True)
+    return [Muon(filters, config.lr, config.momentum, dtype), adam]
+
+
+def lr_factor(config: Config, step: int, steps_per_epoch: int) -> float:
+    """The learning rate of a step as a fraction of its constant (`lr`, `adam_lr`).
+
+    It rises to 1 in the warm-up. After that `linear` falls to 0 by the step, and `cosine` and
+    `cosine_restarts` by whole epochs, as in SGDR (Loshchilov & Hutter, arXiv:1608.03983).
+
+    Args:
+        step: from 0, over all epochs.
+    """
+    epoch = step / steps_per_epoch - config.warmup_epochs
+    if epoch < 0:
+        return (step + 1) / (config.warmup_epochs * steps_per_epoch)
+    annealed_epochs = config.epochs - config.warmup_epochs
+    if config.schedule == "linear":
+        return 1 - epoch / annealed_epochs
+    period = annealed_epochs if config.schedule == "cosine" else config.restart_epochs
+    return (1 + math.cos(math.pi * (int(epoch) % period) / period)) / 2
+
+
+def make_average(model: nn.Module, decay: float) -> AveragedModel:
+    """Exponential moving average of a network's weights and BN statistics.
+
+    In each step it keeps `decay` of itself and takes the rest from the network.
+    """
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum on convolution filters, with orthogonalized updates.
+
+    The (O, I, K, K) weights of a layer are one matrix of O rows. Its update, with Nesterov
+    momentum, is replaced by a matrix with the same singular vectors and singular values of about 1,
+    so that all directions learn at the same pace (Jordan et al., kellerjordan.github.io/posts/muon,
+    2024).
+    The weights are kept at the norm sqrt(O). The loss does not depend on their scale, because batch
+    normalization follows; so `lr` is the angle of a step, and weight decay would only be another
+    learning rate.
+
+    torch.optim.Muon takes matrices alone and does not hold the norm.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float,
+        momentum: float,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update all filters from their gradients."""
+        for group in self.param_groups:
+            same_shape = defaultdict(list)  # orthogonalized together, which is faster on a GPU
+            for weight in group["params"]:
+                if weight.grad is None:  # frozen
+                    continue
+                state = self.state[weight]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(weight)
+                velocity = state["momentum_buffer"].mul_(group["momentum"]).add_(weight.grad)
+                update = weight.grad.add(velocity, alpha=group["momentum"])
+                same_shape[weight.shape].append((weight, update))
+            for pairs in same_shape.values():
+                weights, updates = zip(*pairs, strict=True)
+                matrices = torch.stack(updates).flatten(2).to(self.dtype)
+                for weight, update in zip(weights, orthogonalize(matrices), strict=True):
+                    weight.mul_(len(weight) ** 0.5 / weight.norm())
+                    weight.add_(update.view_as(weight), alpha=-group["lr"])
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Move the singular values of (N, R, C) matrices to about 1 and keep the singular vectors.
+
+    Three Newton-Schulz steps of a quintic polynomial. With Jordan's coefficients it rises fast from
+    0 and leaves the values between 0.5 and 1.5, which is enough.
+    """
+    if matrices.shape[1] > matrices.shape[2]:
+        return orthogonalize(matrices.mT).mT  # the smaller of the two Gram matrices
+    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(3):
+        gram = x @ x.mT
+        quadratic = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, quadratic, x, beta=3.4445)
+    return x

@@ -1,4 +1,4 @@
-"""What every script needs: errors and checks, whole files, seeds, provenance."""
+"""Shared helpers: errors and checks, text, whole files, seeds, provenance."""
 
 import contextlib
 import csv
@@ -12,24 +12,23 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
-from torch import Tensor
 
 IMAGE_SIZE = 32  # pixels, both sides
-TEMPORARY = ".tmp-"  # how the name of what is being written begins
+TEMPORARY = ".tmp-"  # prefix of the folders in which files are written before they are renamed
 
 
 # ---------------------------------------------------------------- errors and checks
 
 
 class InputError(ValueError):
-    """The user gave something wrong: one line naming the field, the value and the remedy."""
+    """Bad input, as one line: `field: value, problem; remedy`."""
 
 
 class DivergenceError(RuntimeError):
@@ -37,11 +36,11 @@ class DivergenceError(RuntimeError):
 
 
 class SearchError(RuntimeError):
-    """The search cannot go on, or none of its trials succeeded."""
+    """A search cannot continue, or none of its trials succeeded."""
 
 
 class StoppedError(Exception):
-    """A signal ended the training early; its state is saved."""
+    """A signal ended the training early; the state is saved."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
@@ -49,37 +48,30 @@ class StoppedError(Exception):
 
 
 class Range(NamedTuple):
-    """Bounds, both included, that stand beside a dataclass field: `Annotated[int, Range(1)]`."""
+    """Inclusive bounds of a dataclass field, `Annotated[int, Range(1)]`, or of its elements."""
 
     low: float
     high: float | None = None
 
 
 def check_fields(instance: object) -> None:
-    """Raise InputError if a field of a dataclass lacks its type, its Literal's value or its Range.
-
-    The bounds of a field of several numbers are those of each one.
-    """
+    """Raise InputError if a dataclass field is not of its type, its Literal or its Range."""
     for name, hint in get_type_hints(type(instance), include_extras=True).items():
         value = getattr(instance, name)
-        kind, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        kind, *bounds = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
         if get_origin(kind) is Literal and value not in get_args(kind):
             raise InputError(f"{name}: {value!r} is not one of {', '.join(get_args(kind))}")
         if kind in (bool, str) and not isinstance(value, kind):
             raise InputError(f"{name}: {value!r} must be a {kind.__name__}")
-        kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
-        if value is None and NoneType in kinds:
+        if not bounds or (value is None and NoneType in kinds):
             continue
-        for low, high in marks:
-            if float in kinds:
-                check_number(name, value, low, high)
-            elif isinstance(value, tuple | list) and kinds[-1] is not int:
-                for number in value:
-                    check_integer(name, number, low, high)
-            elif int in kinds:
-                check_integer(name, value, low, high)
-            else:
-                raise InputError(f"{name}: {value!r} must be a list of integers")
+        is_list = isinstance(value, tuple | list)
+        if kinds == (tuple[int, ...],) and not is_list:
+            raise InputError(f"{name}: {value!r} must be a list of integers")
+        check = check_number if float in kinds else check_integer
+        for number in value if is_list and tuple[int, ...] in kinds else (value,):
+            check(name, number, *bounds[0])
 
 
 def check_integer(name: str, value: object, low: int, high: int | None = None) -> None:
@@ -98,19 +90,19 @@ def check_number(name: str, value: object, low: float, high: float) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its type where it has none."""
+    """The first line of an error's message, or its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def printable(text: object) -> str:
-    """`text` without what a terminal would obey, for what comes from files: names, metadata."""
+    """Replace control characters, so that text from a file sends no escape codes to a terminal."""
     return "".join(char if char.isprintable() else "?" for char in str(text))
 
 
 def print_error(message: str) -> None:
-    """Print one line on stderr, once per machine: under torchrun only the first process does."""
+    """Print one line on stderr, under torchrun only from the first process of each machine."""
     local_rank = os.environ.get("LOCAL_RANK", "0")
-    if not local_rank.isdecimal() or int(local_rank) == 0:  # a bad value is told by all
+    if not local_rank.isdecimal() or int(local_rank) == 0:  # all report a bad value
         print(printable(message), file=sys.stderr)
 
 
@@ -120,7 +112,7 @@ def warn(message: str) -> None:
 
 
 def duration(seconds: float) -> str:
-    """A length of time in its natural unit: 4.2 s, 12.3 min, 3.4 h, 5.6 days."""
+    """Format a time in its natural unit: 4.2 s, 12.3 min, 3.4 h, 5.6 days."""
     for unit, size in (("s", 1), ("min", 60), ("h", 3600)):
         if seconds < 100 * size:
             return f"{seconds / size:.1f} {unit}"
@@ -132,12 +124,12 @@ def duration(seconds: float) -> str:
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path, keep: Path | None = None) -> Iterator[Path]:
-    """A temporary path beside `path`; when the block ends well, on the disk and renamed to it.
+    """Yield a temporary path; after the block, flush it to the disk and rename it to `path`.
 
-    Whatever happens, `path` holds all of its old content or all of its new.
+    Whatever happens, `path` holds all of its old content or all of its new content.
 
     Args:
-        keep: where the old content goes instead of being lost; for a moment it is only there.
+        keep: a path to move the old content to; for a moment it is only there.
 
     Raises:
         InputError: the folder cannot be written, or is full.
@@ -155,7 +147,7 @@ def atomic_path(path: str | Path, keep: Path | None = None) -> Iterator[Path]:
         with contextlib.suppress(OSError):  # some network file systems refuse it
             flush_to_disk(path.parent)
     except BrokenPipeError:
-        raise  # of what the block prints, not of a file
+        raise  # from what the block prints, not from a file
     except OSError as error:
         raise InputError(
             f"{path}: cannot be written ({error.strerror or first_line(error)}); what was there"
@@ -167,7 +159,7 @@ def atomic_path(path: str | Path, keep: Path | None = None) -> Iterator[Path]:
 
 
 def check_output(name: str, path: str) -> None:
-    """Raise InputError, naming the option, if `path`, unless it is empty, must not be replaced."""
+    """Raise InputError if `path` is a folder, link, pipe or device; an empty path is allowed."""
     if path and Path(path).is_dir():
         raise InputError(f"{name}: {path} is a folder; name a file")
     if path and (Path(path).is_symlink() or (Path(path).exists() and not Path(path).is_file())):
@@ -175,9 +167,9 @@ def check_output(name: str, path: str) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until a file's content, or a folder's names, would outlive a power cut."""
+    """Flush a file's content, or a folder's entries, so that they survive a power cut."""
     if path.is_dir() and os.name == "nt":
-        return  # Windows opens no folders
+        return  # folders cannot be opened on Windows
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
@@ -186,22 +178,22 @@ def flush_to_disk(path: Path) -> None:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what a killed process was writing in `folder`."""
+    """Remove the temporary folders that a killed process left in `folder`."""
     for path in folder.glob(f"{TEMPORARY}*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write one JSON file, whole or not at all."""
+    """Write a JSON file, whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def read_json(path: str | Path) -> object:
-    """What a JSON file holds, if it is in UTF-8; a byte order mark is skipped.
+    """Read a JSON file in UTF-8, with or without a byte order mark.
 
     Raises:
-        OSError, ValueError: it cannot be read, or holds something else or what nests too deep.
+        OSError, ValueError: the file cannot be read, is no JSON, or nests too deep.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
@@ -210,7 +202,7 @@ def read_json(path: str | Path) -> object:
 
 
 def write_csv(path: Path, rows: list[dict[str, object]]) -> None:
-    """Write `rows`, which share their keys, as one CSV file with a header, whole or not at all."""
+    """Write rows with the same keys to a CSV file with a header, whole or not at all."""
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
@@ -218,7 +210,7 @@ def write_csv(path: Path, rows: list[dict[str, object]]) -> None:
 
 
 def read_csv(path: str | Path) -> list[dict[str, int | float | str | None]]:
-    """The rows of a CSV file with a header: numbers where a cell holds one, None where nothing."""
+    """Read a CSV file with a header; cells become int or float where possible, None if empty."""
 
     def value(text: str) -> int | float | str | None:
         for kind in (int, float):
@@ -231,46 +223,34 @@ def read_csv(path: str | Path) -> list[dict[str, int | float | str | None]]:
 
 
 def part_of(config: object, kind: type) -> object:
-    """The dataclass `kind` of the fields that `config` has under the same names."""
+    """Build the dataclass `kind` from the fields of the same names in `config`."""
     return kind(**{field.name: getattr(config, field.name) for field in fields(kind)})
 
 
 def from_json(kind: type, values: dict[str, object]) -> object:
-    """The dataclass `kind` of what JSON made of its fields, which has no tuples."""
+    """Build the dataclass `kind` from its fields in JSON, whose lists become tuples."""
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-
-def normalizer(
-    mean: Sequence[float], std: Sequence[float], device: torch.device
-) -> Callable[[Tensor], Tensor]:
-    """What makes uint8 images, (N, 3, H, W), float32 of about zero mean and unit variance.
-
-    `mean` and `std` are per channel, of images scaled to [0, 1].
-    """
-    # Tensors made once, not in every step.
-    mean, std = (torch.tensor(value, device=device)[:, None, None] for value in (mean, std))
-    return lambda images: (images / 255 - mean) / std
 
 
 # ---------------------------------------------------------------- seeds and provenance
 
 
 def derive_seed(*key: object) -> int:
-    """A seed that is a pure function of `key`, such as ("augmentation", seed, epoch, step)."""
+    """Derive a 32-bit seed as a pure function of `key`, such as ("augmentation", seed, epoch)."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "little")
 
 
 def generator(*key: object) -> torch.Generator:
-    """A CPU random generator that is a pure function of `key`."""
+    """Make a CPU random generator whose seed is a pure function of `key`."""
     return torch.Generator().manual_seed(derive_seed(*key))
 
 
 @functools.cache
 def git_commit() -> str:
-    """The commit of these scripts, with `-dirty` after it if they were edited; or `unknown`."""
+    """The commit of these scripts, followed by `-dirty` if they were edited; or `unknown`."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     folder = Path(__file__).resolve().parent
-    # Not that of a repository around them, nor of one that a hook which calls us works on.
+    # Neither a repository around this folder nor the one of a git hook that runs this counts.
     env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     env["GIT_CEILING_DIRECTORIES"] = str(folder.parent)
     options = {"cwd": folder, "env": env, "stderr": subprocess.DEVNULL, "text": True}
@@ -281,6 +261,6 @@ def git_commit() -> str:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide a result."""
+    """Versions of Python and of the libraries that affect a result."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     return versions | {name: importlib.metadata.version(name) for name in ("torchvision", "numpy")}

@@ -1,12 +1,14 @@
-"""The model file: weights, and all that is needed to use them, in one `.safetensors` file.
+"""The two files of a run: model.safetensors, the network, and last.pt, the state of its training.
 
-It needs PyTorch, NumPy and safetensors alone, so that an application can load a network by this
-file, model.py and utils.py.
+An application that loads a network needs this file, model.py and utils.py, with PyTorch, NumPy and
+safetensors.
 """
 
 import hashlib
+import io
 import json
 import os
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,17 +20,22 @@ from torch import Tensor, nn
 from model import Architecture, ResNet
 from utils import TEMPORARY, InputError, atomic_path, check_number, first_line, from_json
 
-FILE_FORMAT = "tpsnet-2"  # marks our files, with the version of their metadata
-TEMPERATURES = (0.05, 20)  # that logits may be divided by, for probabilities to believe
+FILE_FORMAT = "tpsnet-2"  # marks our model files, with the version of their metadata
+TEMPERATURES = (0.05, 20)  # the range of temperatures, by which logits are divided
+PREVIOUS = "previous.pt"  # the training state that was saved before the last one
+
+
+# ---------------------------------------------------------------- the network
 
 
 def save_model(path: str | Path, model: nn.Module, metadata: dict[str, object]) -> None:
-    """Write weights and `metadata` to one `.safetensors` file, whole or not at all.
+    """Write weights and metadata to one `.safetensors` file, whole or not at all.
 
-    `metadata` holds JSON values, at least the `mean` and `std` that images are normalised with,
-    the `class_names` of the logits, and the `dataset` that the model is tested on.
+    The wrappers of DDP and torch.compile are taken off, so that names never carry their prefixes.
 
-    The wrappers of DDP and torch.compile are taken off first, so names never carry their prefixes.
+    Args:
+        metadata: JSON values; at least the `mean` and `std` of the normalization, the `class_names`
+            of the logits, and the `dataset` that the model is tested on.
     """
     while (inner := getattr(model, "module", getattr(model, "_orig_mod", None))) is not None:
         model = inner
@@ -38,12 +45,12 @@ def save_model(path: str | Path, model: nn.Module, metadata: dict[str, object]) 
     texts = {key: json.dumps(value) for key, value in described.items()}
     marks = {"file_format": FILE_FORMAT, "sha256": checksum(tensors, texts)}
     with atomic_path(path) as temporary:
-        # Not save_file: it makes files that only their owner can read.
+        # Not save_file, which makes files that only their owner can read.
         temporary.write_bytes(safetensors.torch.save(tensors, marks | texts))
 
 
 def checksum(tensors: dict[str, Tensor], texts: dict[str, str]) -> str:
-    """SHA-256 of all that a model file says: names, types, shapes and values, and the metadata."""
+    """SHA-256 of the content of a model file: names, types, shapes, values and metadata."""
     digest = hashlib.sha256(json.dumps(texts, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
@@ -52,7 +59,7 @@ def checksum(tensors: dict[str, Tensor], texts: dict[str, str]) -> str:
 
 
 def check_metadata(metadata: dict[str, object]) -> None:
-    """Raise InputError, KeyError or TypeError if a model cannot be used with this metadata."""
+    """Raise InputError, KeyError or TypeError if the metadata is incomplete or out of range."""
     if len(metadata["class_names"]) != metadata["architecture"]["num_classes"]:
         raise InputError("as many class_names as num_classes are needed")
     texts = *metadata["class_names"], metadata.get("dataset", "")
@@ -67,10 +74,10 @@ def check_metadata(metadata: dict[str, object]) -> None:
 
 
 def load_model(path: str | Path) -> tuple[ResNet, dict[str, object]]:
-    """The network in `path`, on the CPU in eval mode, and the metadata it was saved with.
+    """Load the network in `path`, on the CPU in eval mode, and its metadata.
 
-    Images must be scaled to [0, 1], then normalised with `metadata["mean"]` and `["std"]`.
-    Nothing in the file is executed, and no memory is taken on its word.
+    Images must be scaled to [0, 1], then normalized with `metadata["mean"]` and `["std"]`.
+    Nothing in the file is executed.
 
     Raises:
         InputError: the file is missing, damaged, or not one of ours.
@@ -80,7 +87,7 @@ def load_model(path: str | Path) -> tuple[ResNet, dict[str, object]]:
             texts = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
-        if os.path.lexists(path):  # safetensors says the same where it may not open a file
+        if os.path.lexists(path):  # safetensors raises the same without permission
             raise InputError(
                 f"checkpoint: {path} cannot be opened; check its permissions, or name another"
             ) from None
@@ -100,7 +107,7 @@ def load_model(path: str | Path) -> tuple[ResNet, dict[str, object]]:
             raise ValueError("its SHA-256 is another: it is damaged")
         metadata = {key: json.loads(text) for key, text in texts.items()}
         check_metadata(metadata)
-        # Built without memory and filled from the file: a lying architecture costs nothing.
+        # Built without memory and filled from the file, whatever size the metadata claims.
         with torch.device("meta"):
             model = ResNet(from_json(Architecture, metadata["architecture"]))
         model.load_state_dict(tensors, assign=True)
@@ -115,7 +122,7 @@ def load_model(path: str | Path) -> tuple[ResNet, dict[str, object]]:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """`path` itself if it is a file; of a folder the newest run, else a released model.
+    """Return a file as it is; of a folder, the newest run, else the first released model.
 
     Raises:
         InputError: the folder has neither.
@@ -124,7 +131,7 @@ def find_checkpoint(path: Path) -> Path:
         return path
     depths = ("", "*/", "*/*/")  # a run, a folder of runs, and of groups of them
     found = (run for depth in depths for run in path.glob(f"{depth}model.safetensors"))
-    runs = [run for run in found if not run.parent.name.startswith(TEMPORARY)]  # half written
+    runs = [run for run in found if not run.parent.name.startswith(TEMPORARY)]
     if runs:
         return max(runs, key=lambda run: run.stat().st_mtime)
     if released := sorted(path.glob("*.safetensors")):
@@ -133,3 +140,76 @@ def find_checkpoint(path: Path) -> Path:
         f"checkpoint: {path.as_posix()} holds no run and no released model; train one with"
         " `python train.py demo`, or name a file"
     )
+
+
+# ---------------------------------------------------------------- the state of a training
+
+
+def save_state(path: Path, state: dict[str, object]) -> None:
+    """Write a training state of tensors and plain values, whole or not at all.
+
+    The state that was there becomes `previous.pt`. The SHA-256 of the content is appended, because
+    PyTorch notices few damages.
+    """
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getvalue()  # not getbuffer: after a failed write it crashed Python 3.12.1
+    with (
+        atomic_path(path, keep=path.with_name(PREVIOUS)) as temporary,
+        temporary.open("wb") as file,
+    ):
+        file.write(content)
+        file.write(hashlib.sha256(content).digest())
+
+
+def load_state(path: Path) -> tuple[dict[str, object], bool]:
+    """Load the state that `save_state` wrote, on the CPU; if it is damaged, the previous one.
+
+    Nothing in the file is executed.
+
+    Returns:
+        The state, and whether it is the previous one.
+
+    Raises:
+        InputError: both files are missing, damaged, or hold more than tensors and plain values.
+    """
+    for file in (path, path.with_name(PREVIOUS)):
+        try:
+            return read_state(file), file != path
+        except ValueError:
+            continue
+    problem = "is damaged" if path.exists() else "is missing"
+    raise InputError(
+        f"resume: {path} {problem} or was not written by train.py, and there is no sound"
+        f" {PREVIOUS}; restore a copy of it, train under another --name, or --overwrite it"
+    )
+
+
+def read_state(path: Path) -> dict[str, object]:
+    """Read the state in one file.
+
+    Raises:
+        ValueError: it is missing, damaged, or holds more than tensors and plain values.
+    """
+    try:
+        content = path.read_bytes()
+        content, digest = content[:-32], content[-32:]
+        if hashlib.sha256(content).digest() != digest:
+            raise ValueError("its SHA-256 is another")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about foreign pickles, which are refused
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise TypeError("it holds no dictionary")
+        return state
+    except Exception as error:  # a foreign file can raise anything
+        raise ValueError(f"{path}: {first_line(error)}") from None
+
+
+def all_finite(state: object) -> bool:
+    """True if every tensor in nested dictionaries and lists is finite."""
+    if isinstance(state, Tensor):
+        return bool(state.isfinite().all())
+    if isinstance(state, dict):
+        state = list(state.values())
+    return not isinstance(state, list | tuple) or all(map(all_finite, state))

@@ -1,0 +1,1 @@
+"""The machinery of a training: what you look up, not what you edit."""

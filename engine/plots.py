@@ -1,0 +1,111 @@
+"""Figures of a run and of a test: learning curves, confusion matrix, calibration, mistakes.
+
+They are drawn without pyplot, which would touch window systems and global state.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from engine.evaluate import Calibration, Score
+from utils import atomic_path
+
+# Okabe & Ito's palette, for color-blind readers too (jfly.uni-koeln.de/color).
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Write a figure as a PNG file at 150 dpi, whole or not at all."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+
+
+def learning_curves(log: list[dict[str, float | None]], path: str | Path, title: str) -> None:
+    """Training and validation loss and accuracy over the epochs; `log` has the rows of log.csv."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure.suptitle(title, parse_math=False)  # a $ in a path is no formula
+    epochs = [row["epoch"] for row in log]
+    for axes, name, label in zip(
+        figure.subplots(1, 2), ("loss", "accuracy"), ("cross entropy", "accuracy, %"), strict=True
+    ):
+        for split, color in (("train", BLUE), ("val", ORANGE)):
+            values = [row[f"{split}_{name}"] for row in log]
+            if None not in values:
+                marker = "o" if len(log) < 30 else None
+                text = {"train": "training (augmented)", "val": "validation"}[split]
+                axes.plot(epochs, values, color=color, marker=marker, markersize=3, label=text)
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    save(figure, path)
+
+
+def confusion_matrix(
+    counts: np.ndarray, class_names: list[str], path: str | Path, title: str
+) -> None:
+    """Counts of (true class, predicted class), (C, C), shaded by fraction of the true class."""
+    fractions = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+    figure = Figure(figsize=(7, 6.2), layout="constrained")
+    axes = figure.subplots()
+    # The square root spreads out the few percent in which classes differ.
+    axes.imshow(np.sqrt(fractions), cmap="Blues", vmin=0, vmax=1)
+    for (true, predicted), count in np.ndenumerate(counts):
+        if count:
+            dark = np.sqrt(fractions[true, predicted]) > 0.6
+            axes.text(
+                predicted, true, str(count), ha="center", va="center", fontsize=9,
+                color="white" if dark else "black",
+            )  # fmt: skip
+    ticks = range(len(class_names))
+    axes.set_xticks(ticks, class_names, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(ticks, class_names)
+    axes.set(xlabel="predicted class", ylabel="true class")
+    axes.set_title(title, parse_math=False)
+    save(figure, path)
+
+
+def calibration(bins: Calibration, path: str | Path, title: str) -> None:
+    """Reliability diagram: accuracy over confidence, and the number of images in each bin."""
+    count, confidence, accuracy = bins.count, bins.confidence, bins.accuracy
+    figure = Figure(figsize=(5.4, 5), layout="constrained")
+    figure.suptitle(title, fontsize=10, parse_math=False)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    width = 100 / len(count)
+    middle = width * (np.arange(len(count)) + 0.5)
+    filled = count > 0
+    right = (count * accuracy / 100).round().astype(int)
+    ends = [Score(0.0, *pair).interval for pair in zip(right[filled], count[filled], strict=True)]
+    reach = np.abs(np.array(ends).T - accuracy[filled])
+    top.bar(middle, accuracy, 0.9 * width, color=BLUE, alpha=0.4, label="right")
+    top.errorbar(
+        confidence[filled], accuracy[filled], reach, fmt="o", color=BLUE, capsize=2,
+        label="at the mean confidence, 95% interval",
+    )  # fmt: skip
+    top.plot([0, 100], [0, 100], "--", color=GREY, label="well calibrated")
+    top.set(ylabel="right, %", ylim=(0, 102), xlim=(0, 102))
+    top.legend(
+        frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1),
+        handletextpad=0.4, columnspacing=1,
+    )  # fmt: skip
+    bottom.bar(middle, count, 0.9 * width, color=GREY)
+    bottom.set(xlabel="confidence, %", ylabel="images")
+    for axes in (top, bottom):
+        axes.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+
+
+def mistakes(images: np.ndarray, captions: list[str], path: str | Path, title: str) -> None:
+    """Images, (N, S, S, 3) uint8, in rows of six, each below its caption."""
+    rows = max(1, -(-len(images) // 6))
+    figure = Figure(figsize=(10, 1.9 * rows + 0.5), layout="constrained")
+    figure.suptitle(f"{title}; its most confident mistakes", parse_math=False)
+    for axes in figure.subplots(rows, 6, squeeze=False).flat:
+        axes.axis("off")
+    for axes, image, caption in zip(figure.axes, images, captions, strict=False):
+        axes.imshow(image)
+        axes.set_title(caption, fontsize=8)
+    save(figure, path)

@@ -1,0 +1,148 @@
+"""How a script starts, is stopped and ends.
+
+Errors that a user can cause end in one line and an exit status, without a traceback. Importing this
+file changes nothing, needs the standard library alone, and works on older Pythons too, so that it
+can say which one is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+OLDEST_PYTHON = (3, 11)
+
+
+def run_script(name: str) -> None:
+    """Import the module `name`, call its `main(arguments)`, and exit.
+
+    Exit status 2 for bad input, a missing library or an old Python; 1 for a training that diverged
+    or a search that failed; 128 plus the number of the signal for a stop (130 for Ctrl-C).
+    """
+    if sys.version_info < OLDEST_PYTHON:
+        this, needed = (".".join(map(str, v)) for v in (sys.version_info[:2], OLDEST_PYTHON))
+        print(f"error: python: this is {this}; use {needed} or newer", file=sys.stderr)
+        sys.exit(2)
+    # While libraries load, Ctrl-C ends the process at once: some print tracebacks when interrupted.
+    handler = signal.getsignal(signal.SIGINT)
+    if handler == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        main = importlib.import_module(name).main
+        utils = importlib.import_module("utils")
+        torch = importlib.import_module("torch")
+    except ModuleNotFoundError as error:
+        sys.exit(report_missing(error))
+    signal.signal(signal.SIGINT, handler)
+
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # print ? for a ± where only ASCII is possible
+    try:
+        main(sys.argv[1:])
+        sys.stdout.flush()
+        sys.exit(0)
+    except ModuleNotFoundError as error:
+        sys.exit(report_missing(error))
+    except (utils.InputError, utils.DivergenceError, utils.SearchError) as error:
+        utils.print_error(f"error: {error}")
+        sys.exit(2 if isinstance(error, utils.InputError) else 1)
+    except torch.OutOfMemoryError as error:  # of a GPU
+        first = utils.first_line(error)
+        utils.print_error(f"error: batch_size: {first}; use a smaller one, or a free GPU")
+        sys.exit(2)
+    except utils.StoppedError as stop:
+        utils.print_error(str(stop))
+        sys.exit(128 + stop.number)
+    except KeyboardInterrupt as error:
+        utils.print_error(str(error) or "interrupted")
+        sys.exit(130)
+    except OSError as error:  # usually of stdout: a full disk, or `head` that has ended
+        # Otherwise Python tries to write the rest again when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            sys.exit(128 + 13)  # SIGPIPE
+        utils.print_error(f"error: {error}")
+        sys.exit(2)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def report_missing(error: ModuleNotFoundError) -> int:
+    """Print which library is missing and how to install it; returns the exit status.
+
+    Raises:
+        ModuleNotFoundError: it is one of our own modules.
+    """
+    missing = (error.name or "").partition(".")[0]
+    root = Path(__file__).resolve().parents[1]
+    if not missing or (root / missing).is_dir() or (root / f"{missing}.py").exists():
+        raise error
+    remedy = "run `pip install -r requirements.txt`"
+    if missing in ("ray", "optuna"):
+        remedy = "run `pip install -r requirements-dev.txt`"
+    print(f"error: {missing}: not installed; {remedy}", file=sys.stderr)
+    return 2
+
+
+class StopSignals:
+    """Within the block, the first stop signal is stored in `received` and acknowledged on stderr.
+
+    These are SIGINT (Ctrl-C), SIGTERM, SIGUSR1, which SLURM sends when a job's time is running out,
+    and SIGHUP, when the terminal closes, unless it is ignored as under nohup. A second Ctrl-C
+    interrupts at once, except under torchrun, which sends every signal twice. Blocks may be nested;
+    each installs the handlers anew, and the outermost resets `received`.
+    """
+
+    NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")  # Windows lacks the last two
+
+    def __init__(self) -> None:
+        self.received = 0  # number of the first signal, or 0
+        self._replaced: list[dict[int, object]] = []  # handlers, by block
+        self._terminals: list[int] = []  # those of stdout and stderr that are one
+
+    def __enter__(self) -> StopSignals:
+        if not self._replaced:
+            self.received = 0
+            self._terminals = [number for number in (1, 2) if os.isatty(number)]
+        handlers = {}
+        self._replaced.append(handlers)
+        if threading.current_thread() is not threading.main_thread():
+            return self  # Python delivers signals to the main thread alone
+        for number in (getattr(signal, name) for name in self.NAMES if hasattr(signal, name)):
+            if (
+                number == getattr(signal, "SIGHUP", 0)
+                and signal.getsignal(number) == signal.SIG_IGN
+            ):
+                continue
+            handlers[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._replaced.pop().items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _frame: object) -> None:
+        name, alone = signal.Signals(number).name, os.environ.get("WORLD_SIZE", "1") == "1"
+        if name == "SIGINT" and self.received and alone:
+            raise KeyboardInterrupt("interrupted; --resume goes on from what was saved")
+        if name == "SIGHUP":  # the terminal has closed, and writing to it would be an error
+            for terminal in self._terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
+        if not self.received and os.environ.get("LOCAL_RANK", "0") == "0":
+            again = "; again to stop at once" if name == "SIGINT" and alone else ""
+            clear = "\r\x1b[K" if os.isatty(2) else ""  # of a progress bar
+            with contextlib.suppress(OSError):
+                # Not print, which may be interrupted in the middle of a line by the signal.
+                os.write(2, f"{clear}{name}: stopping after this step{again}\n".encode())
+        self.received = self.received or number
+
+
+stop_signals = StopSignals()  # of this process
