@@ -203,7 +203,7 @@ def benchmark(result: dict[str, object], path: str | Path) -> None:
 
     bars = memory.bar(names, [m / 1e9 for m in result["memory_bytes"]], color=colors)
     memory.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
-    memory.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names])
+    memory.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names], fontsize=9)
     memory.set(title="peak memory, GB\nabove the bare process")
     memory.margins(y=0.1)
 
@@ -217,7 +217,7 @@ def benchmark(result: dict[str, object], path: str | Path) -> None:
     scaling.minorticks_off()
     scaling.set_ylim(bottom=0)
     scaling.set(title="training step, images/s", xlabel="batch size")
-    scaling.legend(frameon=False, loc="center right")
+    scaling.legend(frameon=False)
     for axes in (speed, memory, scaling):
         axes.spines[["top", "right"]].set_visible(False)
     plots.save(figure, path)
