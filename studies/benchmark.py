@@ -5,12 +5,12 @@
     python -m studies.benchmark --quick  # only the whole epoch, the step and the memory
 
 The contestants train the same network on the same noise (no data set is needed). The classical
-script does what most such repositories do; it runs in float32 and, where ours computes in
-bfloat16, also under torch.autocast. Each contestant has a process of its own in each round, in
-turn, with nothing else of ours running. A row of the table has the median of the rounds, in
-brackets the smallest and the largest, and how many times as fast ours is (the median of the rounds'
-ratios); for the memory it is our share of theirs. Images per second count the images that are
-trained on: for a preset with a proxy, our time includes the proxy's.
+script does what most such repositories do; it runs in float32 and, where ours computes in bfloat16,
+also under torch.autocast. Each contestant has a process of its own in each round, and they take
+turns. A row of the table has the median of the rounds, the smallest and the largest in brackets,
+and how many times as fast ours is (the median of the rounds' ratios); for the memory it is our
+share of theirs. Images per second count the images that are trained on: for a preset with a proxy,
+our time includes the proxy's.
 
 What it cannot tell: how it is on another machine, or with an input pipeline that is better than the
 classical script's. docs/fast.md has the results, each with its commit, machine and versions.
@@ -159,7 +159,7 @@ def table(batch_size: int, cost: ModelCost, device: torch.device, quick: bool) -
 def measure(
     names: list[str], request: dict[str, object], rows: list[Row], rounds: int
 ) -> dict[str, list[dict]]:
-    """The answers of each contestant in each round; prints how long all will take after one."""
+    """Ask every contestant in every round; print an estimate of the time after the first round."""
     answers = {name: [] for name in names}
     start = time.perf_counter()
     with tqdm(total=rounds * len(names), leave=False, dynamic_ncols=True, disable=None) as bar:
@@ -180,10 +180,10 @@ def measure(
 
 
 def ask(name: str, request: dict[str, object]) -> dict[str, object]:
-    """The answer of one contestant in one round, from a process of its own.
+    """Measure one round of one contestant in a process of its own; returns what it printed.
 
     Raises:
-        InputError: the process failed.
+        InputError: the process failed; it is named with its status and the last line of stderr.
     """
     command = [sys.executable, "-m", "studies.contestants"]
     command.append(json.dumps(request | {"contestant": name}))
@@ -252,7 +252,7 @@ def print_table(result: dict[str, object], labels: dict[tuple, str]) -> None:
 
 
 def machine(device: torch.device) -> str:
-    """The processor and its threads, and in a second line the versions."""
+    """Two lines: the processor and its threads, and the versions."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
     if device.type == "cpu" and Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -41,7 +41,7 @@ LABEL_PLACES = {
 
 
 def architecture(model: ResNet, path: str | Path, title: str) -> None:
-    """A network's feature maps, drawn to scale, and its two kinds of block.
+    """Draw a network's feature maps to scale, and its two kinds of block.
 
     A map's height is proportional to the square root of its side, its width to that of its
     channels.
@@ -280,10 +280,10 @@ def accuracy_over_time(
 def beside_the_paper(
     ours: list[dict[str, float | None]], paper: list[dict[str, float]], path: str | Path
 ) -> None:
-    """Loss and accuracy on the training images, as seen while training, of TPSNet's two logs.
+    """Draw the loss and accuracy on the training images, as logged while TPSNet is trained.
 
     Args:
-        ours: log.csv of a run, as far as it is.
+        ours: log.csv of the first epochs of a run.
         paper: the authors' own log, a row per epoch.
     """
     figure = Figure(figsize=(8, 3.4), layout="constrained")
@@ -291,7 +291,7 @@ def beside_the_paper(
     for axes, (label, (theirs, name)) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         for rows, column, style, legend in (
             (paper, theirs, {"color": GREY}, f"the authors' log: {len(paper)} epochs"),
-            (ours, name, {"color": BLUE, "marker": "o"}, f"ours: {len(ours)} epochs so far"),
+            (ours, name, {"color": BLUE, "marker": "o"}, f"ours: {len(ours)} epochs"),
         ):
             epochs = range(1, len(rows) + 1)
             axes.plot(epochs, [row[column] for row in rows], markersize=3, label=legend, **style)
@@ -307,7 +307,7 @@ def beside_the_paper(
 
 
 def family(ours: list[dict], others: list[dict], path: str | Path) -> None:
-    """Test accuracy over parameters and over MACs: our released networks beside published ones.
+    """Draw test accuracy over parameters and MACs: our released networks beside published ones.
 
     Args:
         ours: a row per network, with its name as `network`, `num_params`, `macs` and `accuracy`.
@@ -349,7 +349,7 @@ def family(ours: list[dict], others: list[dict], path: str | Path) -> None:
 
 
 def released() -> list[dict]:
-    """A row per released network for `family`, from what its model file says."""
+    """A row per released network for `family`, from the metadata of its model file."""
     rows = []
     for path in sorted(CHECKPOINTS.glob("*.safetensors")):
         model, info = load_model(path)
