@@ -31,6 +31,7 @@ from engine.evaluate import classify
 from engine.run import LOG_INTERVAL
 from learner import PROXY_INTERVAL, Learner, Proxy
 from model import ResNet
+from utils import InputError
 
 NUM_IMAGES = 50_000  # of noise, as many as CIFAR-10 has for training
 EVAL_IMAGES = 500
@@ -258,6 +259,8 @@ def synchronize(device: torch.device) -> None:
 
 def main(args: list[str]) -> None:
     """Measure one contestant and print {"rates": images/s of each row, "memory": peak bytes}."""
+    if len(args) != 1 or not args[0].startswith("{"):
+        raise InputError("request: missing; run `python -m studies.benchmark`, which gives it")
     request = json.loads(args[0])
     bare = memory_peak()
     config = replace(PRESETS[request["preset"]], compile=request["compile"])
