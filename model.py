@@ -1,8 +1,7 @@
 """TPSNet: residual networks of at most 5 million parameters for 32x32 images.
 
-One class, `ResNet`, with the paper's six free choices (blocks per stage, first width C1,
-channel multiplier, convolution, skip and pooling kernels). The named networks, as
-`python train.py NAME` builds them for CIFAR-10:
+`ResNet` has the paper's six free choices: stages, blocks per stage, channels, and the kernel sizes
+of convolutions, skips and pooling. The networks of `python train.py NAME`, for CIFAR-10:
 
 | name   | num_blocks   | c1 | parameters |
 |--------|--------------|----|------------|
@@ -14,12 +13,12 @@ channel multiplier, convolution, skip and pooling kernels). The named networks, 
 | tiny   | (1, 1, 1)    | 24 |    277,066 |
 | best   | (3, 3, 3)    | 64 |  4,327,754 |
 
-Their first stage is twice as wide as C1; in `fast` four times, in `tiny` and `best` as wide.
-`fast`, `small` and `tiny` differ in more than size: their stem is a frozen whitening convolution,
-and their stages begin with pooling.
+The first stage is twice as wide as C1; in `fast` four times as wide, in `tiny` and `best` as wide.
+The stem of `fast`, `small` and `tiny` is a frozen whitening convolution, and their stages begin
+with pooling.
 
-`Architecture` holds the choices, and says what each one means. `model_cost` computes parameters,
-multiply-accumulates and activation memory of any architecture without allocating it.
+`Architecture` documents each choice. `model_cost` computes parameters, multiply-accumulates and
+activation memory of any architecture without allocating it.
 """
 
 from dataclasses import dataclass
@@ -36,9 +35,9 @@ MAX_PARAMS = 5_000_000  # the project's budget
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a network is built from: the paper's six free choices and five more.
+    """The choices that define a network: the paper's six, and five more.
 
-    The defaults are TPSNet. Stage i (from 0) has `width * c1 * 2**i` channels.
+    The defaults are TPSNet.
     """
 
     num_blocks: Annotated[tuple[int, ...], Range(1, 500)] = (13, 13, 13)
@@ -46,7 +45,7 @@ class Architecture:
     c1: Annotated[int, Range(1, 4096)] = 16
     """Channels after the stem (C1)."""
     width: Annotated[int, Range(1, 64)] = 2
-    """Channels of the first stage as a multiple of C1; every further stage doubles them."""
+    """Channels of the first stage, as a multiple of C1; each further stage doubles them."""
     conv_kernel: Annotated[int | tuple[int, ...], Range(1, 31)] = 3
     """Kernel size of the blocks' convolutions, odd; one for all stages or one per stage."""
     skip_kernel: Annotated[int | tuple[int, ...], Range(1, 31)] = 1
@@ -58,11 +57,11 @@ class Architecture:
     classifier_dropout: Annotated[float, Range(0, 0.99)] = 0.0
     """Probability of dropping a feature before the classifier, the last layer."""
     stem: Literal["conv", "whitening"] = "conv"
-    """The first layer: a trained 3x3 convolution, or a frozen 2x2 one that whitens (C1 = 24)."""
+    """The first layer: a trained 3x3 convolution, or a frozen 2x2 whitening one (C1 = 24)."""
     downsample: Literal["stride", "pool"] = "stride"
     """Halve the resolution by a stride, or begin every stage with a convolution and max pooling."""
     num_classes: Annotated[int, Range(2, 100_000)] = 10
-    """Classes to tell apart; CIFAR-10 and the digits have 10."""
+    """Classes; CIFAR-10 and the digits have 10."""
 
 
 class BasicBlock(nn.Module):
@@ -103,8 +102,9 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """A stem to `c1` channels, one stage per entry of `num_blocks`, pooling, one linear layer.
 
-    A whitening stem is a frozen 2x2 convolution that `set_whitening` fills, so that training need
-    not find out how pixels correlate. With `downsample="pool"` no block works at full resolution.
+    Stage i (from 0) has `width * c1 * 2**i` channels. A whitening stem is a frozen 2x2 convolution,
+    filled by `set_whitening`, that removes the correlations of neighboring pixels. With
+    `downsample="pool"` no block works at full resolution.
 
     Raises:
         InputError: the architecture cannot be built; the message names the field.
@@ -113,7 +113,7 @@ class ResNet(nn.Module):
     def __init__(self, architecture: Architecture = Architecture()) -> None:
         super().__init__()
         check_architecture(architecture)
-        # Kept so that a saved model can explain itself.
+        # Kept, because a saved model records its architecture.
         self.architecture = a = part_of(architecture, Architecture)
         conv_kernels = per_stage(a.conv_kernel, len(a.num_blocks))
         skip_kernels = per_stage(a.skip_kernel, len(a.num_blocks))
@@ -142,10 +142,10 @@ class ResNet(nn.Module):
         self.linear = nn.Linear(in_channels * pooled_size(a) ** 2, a.num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, 32, 32) normalised images, or smaller ones, to (N, num_classes) logits."""
-        x = self.relu(self.bn1(self.conv1(x)))  # (N, c1, 32, 32), of a whitening stem 31x31
+        """(N, 3, 32, 32) normalized images, or smaller ones, to (N, num_classes) logits."""
+        x = self.relu(self.bn1(self.conv1(x)))  # (N, c1, 32, 32); 31x31 after a whitening stem
         x = self.stages(x)  # (N, width * c1 * 2**(stages - 1), S, S)
-        # The map of a smaller image may be smaller than the window, which then takes all of it.
+        # The map of a smaller image may be smaller than the window, which then covers all of it.
         x = F.avg_pool2d(x, min(self.architecture.pool_kernel, x.shape[-1])).flatten(1)
         return self.linear(self.dropout(x))  # (N, num_classes)
 
@@ -158,13 +158,13 @@ class ResNet(nn.Module):
         Jordan, arXiv:2404.00498).
 
         Args:
-            images: (N, 3, 32, 32) normalised; some thousands are enough.
+            images: (N, 3, 32, 32) normalized; some thousands are enough.
         """
         patches = F.unfold(images, 2).transpose(1, 2).reshape(-1, 12)
         covariance = patches.T @ patches / len(patches)
         # On the CPU: the same components everywhere, and Apple's GPUs have no eigh.
         variances, components = torch.linalg.eigh(covariance.cpu())
-        # The addend, of Jordan's, keeps the faintest components from being blown up to noise.
+        # The addend (Jordan) keeps the faintest components from being amplified to noise.
         filters = (components / (variances + 5e-4).sqrt()).T.view(12, 3, 2, 2)
         self.conv1.weight.copy_(torch.cat([filters, -filters]))
 
@@ -182,12 +182,12 @@ class PooledConv(nn.Sequential):
 
 
 def conv(in_channels: int, channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
-    """A convolution that keeps the resolution (or divides it by `stride`); BN supplies the bias."""
+    """A convolution with padding that keeps the resolution (at stride 1), without a bias."""
     return nn.Conv2d(in_channels, channels, kernel_size, stride, kernel_size // 2, bias=False)
 
 
 def per_stage(kernel: int | tuple[int, ...], num_stages: int) -> tuple[int, ...]:
-    """One kernel size for every stage, from one for all or one each."""
+    """Kernel sizes of all stages, from one for all or one each."""
     return (kernel,) * num_stages if isinstance(kernel, int) else tuple(kernel)
 
 
@@ -200,14 +200,14 @@ def feature_size(num_stages: int, stem: str, downsample: str, image_size: int = 
 
 
 def pooled_size(architecture: Architecture, image_size: int = IMAGE_SIZE) -> int:
-    """Side of what the pooling makes of the last feature map, a smaller image's included."""
+    """Side of the pooled feature map, in pixels; 0 if the images are too small."""
     a = architecture
     size = feature_size(len(a.num_blocks), a.stem, a.downsample, image_size)
     return size // min(a.pool_kernel, size) if size else 0
 
 
 def check_architecture(architecture: Architecture) -> None:
-    """Raise InputError, naming the field, if `ResNet` cannot be built from this."""
+    """Raise InputError, naming the field, if the network cannot be built."""
     check_fields(architecture)
     a, num_stages = architecture, len(architecture.num_blocks)
     if not 1 <= num_stages <= 4:
@@ -234,15 +234,15 @@ def check_architecture(architecture: Architecture) -> None:
 
 @dataclass(frozen=True)
 class ModelCost:
-    """What one architecture costs."""
+    """Parameters, computation and memory of an architecture."""
 
     num_params: int
     macs: int  # multiply-accumulates of one image's forward pass (convolutions and linear)
-    activation_bytes: int  # float32 tensors a training step keeps for backward, per image
+    activation_bytes: int  # float32 tensors kept for the backward pass, per image
 
 
 def model_cost(architecture: Architecture) -> ModelCost:
-    """Cost of `ResNet(architecture)`, computed on the meta device: nothing is allocated.
+    """Compute the cost of an architecture on the meta device, without allocating it.
 
     Raises:
         InputError: it cannot be built; the message names the field.
@@ -252,21 +252,21 @@ def model_cost(architecture: Architecture) -> ModelCost:
     return ModelCost(
         num_params=count_parameters(model),
         macs=count_macs(model),
-        # A batch of three less one of two, the smallest that BN takes where a feature map is one
-        # pixel: what does not grow with the batch cancels out.
+        # The difference cancels what does not grow with the batch. BN needs two images at least
+        # where a feature map is one pixel.
         activation_bytes=saved_bytes(model, 3) - saved_bytes(model, 2),
     )
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of parameters, those of a frozen stem included."""
+    """Number of parameters, including those of a frozen stem."""
     return sum(p.numel() for p in model.parameters())
 
 
 def count_macs(model: nn.Module) -> int:
-    """Multiply-accumulates of an image's forward pass, of a network on the meta device.
+    """Multiply-accumulates of one image's forward pass; `model` is on the meta device.
 
-    Not by torch.utils.flop_counter, which imports Triton where that is installed: too slow for -h.
+    Not by torch.utils.flop_counter, whose import takes two seconds, more with Triton.
     """
     macs = []
 
@@ -284,7 +284,7 @@ def count_macs(model: nn.Module) -> int:
 
 def saved_bytes(model: nn.Module, batch_size: int) -> int:
     """Bytes of the distinct tensors that autograd saves for backward in one training step."""
-    saved = set()  # keeps the storages alive, so that none takes the place of another
+    saved = set()  # of storages, which keeps them alive: none takes the address of another
 
     def pack(tensor: Tensor) -> Tensor:
         saved.add(tensor.untyped_storage())
@@ -297,10 +297,10 @@ def saved_bytes(model: nn.Module, batch_size: int) -> int:
 
 
 def check_budget(architecture: Architecture, max_params: int = MAX_PARAMS) -> int:
-    """The parameter count of `ResNet(architecture)`, if it is at most `max_params`.
+    """Count the parameters of an architecture.
 
     Raises:
-        InputError: it is more, or the network cannot be built.
+        InputError: they are more than `max_params`, or the network cannot be built.
     """
     with torch.device("meta"):
         num_params = count_parameters(ResNet(architecture))

@@ -83,6 +83,8 @@ class Run:
         self.correct = 0.0
         self.lr = 0.0  # at the start of the epoch
         self.seconds = 0.0
+        self.wandb: WandbRun | None = None  # in the main process
+        self.wandb_id: str | None = None
         self._unread: list[Tensor] = []  # (loss, correct) of the newest steps, on the device
         self._clock = self._saved_at = 0.0
         self._load()
@@ -117,10 +119,8 @@ class Run:
 
     def _files(self) -> list[tuple]:
         """The files of the run, with what changes when one is written."""
-        found = [self.folder / name for name in RUN_FILES if (self.folder / name).exists()]
-        return [
-            (path.name, stat.st_ino, stat.st_mtime_ns) for path in found for stat in [path.stat()]
-        ]
+        paths = [self.folder / name for name in RUN_FILES]
+        return [(p.name, p.stat().st_ino, p.stat().st_mtime_ns) for p in paths if p.exists()]
 
     def _check_new(self) -> None:
         if self._stamp and not self.config.overwrite:
@@ -192,10 +192,8 @@ class Run:
                 last.with_name(PREVIOUS).replace(last)
             for name in () if resumed else reversed(RUN_FILES):
                 (self.folder / name).unlink(missing_ok=True)
-            device = self.data.train.labels.device
-            print_plan(
-                self.config, self.data, device, str(self) if self.epoch or self.step else None
-            )
+            position = str(self) if self.epoch or self.step else None
+            print_plan(self.config, self.data, self.data.train.labels.device, position)
             group = self.config.name.rpartition("/")[0] or None
             self.wandb = WandbRun(
                 self.config.wandb, self.folder, record(self.config), self.wandb_id, group
@@ -317,9 +315,6 @@ class Run:
         self.wandb.finish(summary, curves)
 
     # ------------------------------------------------------------ saving and stopping
-
-    wandb: WandbRun | None = None
-    wandb_id: str | None = None
 
     def _position(self) -> dict[str, object]:
         names = ("log", "step", "seen", "loss", "correct", "lr", "seconds")
