@@ -1,13 +1,17 @@
-"""Export a saved network for apps, as ONNX and ExecuTorch, each checked by its real runtime.
+"""Export a saved network for apps, as ONNX and ExecuTorch, each checked in its real runtime.
 
     python export.py checkpoints/fast.safetensors      # every format whose libraries are there
     python export.py checkpoints/mine --format onnx onnx-int8 --out app --limit 1000
 
-The file takes RGB images scaled to [0, 1], (N, 3, 32, 32), normalises them itself, and gives
-logits. `pip install -r requirements-export.txt` has the libraries; docs/mobile.md the rest.
+The exported file takes RGB images scaled to [0, 1], (N, 3, 32, 32), normalizes them itself, and
+returns logits. `pip install -r requirements-export.txt` installs the libraries; docs/mobile.md
+shows how apps use the files.
 """
 
-import script
+if __name__ == "__main__":  # above the imports: a missing library or an old Python is one line
+    from engine.script import run_script
+
+    run_script("export")
 
 import contextlib
 import hashlib
@@ -29,17 +33,15 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-import utils
-from config import CHECKPOINTS
-from data import Split, load_dataset, stratified
-from distributed import init_processes
-from metrics import EVAL_BATCH
-from utils import InputError, first_line
-from weights import find_checkpoint, load_model
+from config import CHECKPOINTS, Config
+from data import EVAL_BATCH, Normalize, Split, load_dataset, stratified
+from engine.checkpoint import find_checkpoint, load_model
+from engine.distributed import keep_freed_memory
+from utils import InputError, atomic_path, check_integer, check_number, first_line, printable
 
-CALIBRATION_IMAGES = 512  # of the training set, for the ranges of int8
-MAX_DIFFERENCE = 1e-4  # of a float32 format's logits from PyTorch's, of the largest one
-LARGE_BATCH = 64  # whose latency is told beside that of one image
+CALIBRATION_IMAGES = 512  # of the training set, from which int8 takes its ranges
+MAX_DIFFERENCE = 1e-4  # between a float32 format's logits and PyTorch's, relative to the largest
+LARGE_BATCH = 64  # images; its latency is printed beside that of one image
 LIBRARIES = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "onnx-int8": ("onnx", "onnxscript", "onnxruntime"),
@@ -47,19 +49,19 @@ LIBRARIES = {
     "pte-int8": ("executorch", "torchao"),
 }
 Classifier = Callable[[Tensor], Tensor]  # (N, 3, 32, 32) float32 in [0, 1] to (N, C) logits
-Opener = Callable[[int], Classifier]  # makes one that uses so many threads
+Opener = Callable[[int], Classifier]  # from a number of threads to a classifier that uses them
 
 
 class Verdict(NamedTuple):
-    """How a format does on the test images, in its runtime."""
+    """Size, accuracy and latency of a format in its runtime, on the test images."""
 
     name: str
     size: int  # bytes; 0 for PyTorch itself
     accuracy: float  # percent
-    agreement: float  # percent of the images whose class is PyTorch's
-    difference: float  # the largest of any logit from PyTorch's
-    single_ms: float  # median, of one image, on one thread
-    batch_ms: float | None  # median per image, of a large batch; None if it takes no batches
+    agreement: float  # percent of the images that get the same class as from PyTorch
+    difference: float  # the largest between a logit and PyTorch's
+    single_ms: float  # median for one image, on one thread
+    batch_ms: float | None  # median per image of a large batch; None if it takes no batches
 
     def __str__(self) -> str:
         size = f"{self.size / 1e6:.2f}" if self.size else "-"
@@ -86,40 +88,42 @@ def export(
     data_dir: str = "data",
     download: bool = True,
 ) -> list[Verdict]:
-    """Export a saved network for apps, after its runtime has classified the test images.
+    """Export a saved network for apps; each file is checked on the test images in its runtime.
 
     Args:
-        checkpoint: A .safetensors file, or a folder: its newest run, else a released model.
-        format: ONNX or ExecuTorch (pte), in float32 or int8; all whose libraries are installed.
+        checkpoint: A .safetensors file, or a folder: its newest run, else a released network.
+        format: ONNX or ExecuTorch (pte), in float32 or int8; by default all that are installed.
         out: Folder for the files, which are named after the network.
-        limit: Verify on this many test images only; 0 for all.
+        limit: Check on this many test images only; 0 for all.
         max_drop: Points of accuracy that a format may lose; one that loses more is not written.
         data_dir: Folder of CIFAR-10, which is downloaded into it if it is not there.
         download: Download CIFAR-10 if it is not in data_dir.
 
     Returns:
-        How PyTorch and each format did.
+        The verdicts on PyTorch and on each format.
 
     Raises:
         InputError: the checkpoint, the data, a library or the folder is missing or wrong; or a
             format loses too much.
     """
-    utils.check_integer("limit", limit, 0)
-    utils.check_number("max_drop", max_drop, 0, 100)
+    check_integer("limit", limit, 0)
+    check_number("max_drop", max_drop, 0, 100)
     formats = check_libraries(format)
     path = find_checkpoint(checkpoint)
     model, info = load_model(path)
-    data = load_dataset(info.get("dataset"), data_dir, download=download)
+    config = Config(dataset=info.get("dataset"), data_dir=data_dir, download=download)
+    data = load_dataset(config)
     if out.exists() and not out.is_dir():
         raise InputError(f"out: {out} is a file; name a folder")
-    init_processes()
+    keep_freed_memory()  # as in a training, for the times of PyTorch
     test = data.test[:limit] if limit else data.test
     calibration = data.train
     if len(calibration) > CALIBRATION_IMAGES:
         calibration = stratified(data.train, CALIBRATION_IMAGES)[1]
     calibration = calibration.images / 255
-    network = Normalized(model, info["mean"], info["std"]).eval()
-    described = {
+    # With the normalization inside, no app can get it wrong.
+    network = nn.Sequential(Normalize(info["mean"], info["std"]), model).eval()
+    metadata = {
         "class_names": json.dumps(info["class_names"]),
         "temperature": json.dumps(info.get("temperature")),
         "checkpoint_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
@@ -127,20 +131,20 @@ def export(
 
     name = path.stem if path.name != "model.safetensors" else path.resolve().parent.name
     print(
-        f"{utils.printable(path.as_posix())} on {len(test):,} test images; time per image on one"
+        f"{printable(path.as_posix())} on {len(test):,} test images; time per image on one"
         f" thread\n\n{HEADER}",
         flush=True,
     )
     eager = partial(open_eager, network)
-    expected = classify(eager, test)
-    verdicts = [judge("PyTorch", 0, eager, test, expected)]
+    expected = logits_of(eager, test)
+    verdicts = [verify("PyTorch", 0, eager, test, expected)]
     print(verdicts[0], flush=True)
     refused, files = [], []
     for kind in formats:
         with quiet():
-            content = make(kind, network, calibration, described)
+            content = make(kind, network, calibration, metadata)
             opener = partial(open_onnx if kind.startswith("onnx") else open_pte, content)
-            verdict = judge(kind, len(content), opener, test, expected)
+            verdict = verify(kind, len(content), opener, test, expected)
         verdicts.append(verdict)
         print(verdict, flush=True)
         drop = verdicts[0].accuracy - verdict.accuracy
@@ -153,24 +157,24 @@ def export(
             )
         else:
             files.append(out / file_name(name, kind))
-            with utils.atomic_path(files[-1]) as temporary:
+            with atomic_path(files[-1]) as temporary:
                 temporary.write_bytes(content)
     print()
     for file in files:
-        print(f"file: {utils.printable(file.as_posix())}")
+        print(f"file: {printable(file.as_posix())}")
     if refused:
         raise InputError(f"{'; '.join(refused)}; not written: take another format")
     return verdicts
 
 
 def file_name(network: str, kind: str) -> str:
-    """What the file of a network in a format is called: fast-int8.onnx, say."""
+    """The name of the file of a network in a format, such as fast-int8.onnx."""
     suffix, dash, precision = kind.partition("-")
     return f"{network}{dash}{precision}.{suffix}"
 
 
 def check_libraries(asked: tuple[str, ...]) -> list[str]:
-    """The formats to make: those asked for, else all whose libraries are installed.
+    """Choose the formats to make: those asked for, else all whose libraries are installed.
 
     Raises:
         InputError: a library is missing.
@@ -189,26 +193,12 @@ def check_libraries(asked: tuple[str, ...]) -> list[str]:
     return formats
 
 
-class Normalized(nn.Module):
-    """A network with its normalization inside, so that no app can get that wrong."""
-
-    def __init__(self, network: nn.Module, mean: list[float], std: list[float]) -> None:
-        super().__init__()
-        self.network = network
-        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
-        self.register_buffer("std", torch.tensor(std)[:, None, None])
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, 32, 32) RGB in [0, 1] to (N, num_classes) logits."""
-        return self.network((images - self.mean) / self.std)
-
-
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """In the block, the exporters keep to themselves what they print, log and warn of."""
+    """Silence what the exporters print, log and warn about, C++ code included."""
     sys.stderr.flush()
     stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)  # some of it comes from C++
+    os.dup2(nowhere, 2)
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -225,16 +215,16 @@ def quiet() -> Iterator[None]:
 
 
 @torch.inference_mode()
-def classify(opener: Opener, test: Split) -> Tensor:
-    """Logits of all images, on all processors."""
+def logits_of(opener: Opener, test: Split) -> Tensor:
+    """Logits of all images, computed on all processors."""
     classifier = opener(os.cpu_count() or 1)
     return torch.cat([classifier(batch / 255) for batch in test.images.split(EVAL_BATCH)])
 
 
 @torch.inference_mode()
-def judge(name: str, size: int, opener: Opener, test: Split, expected: Tensor) -> Verdict:
-    """How a classifier does beside PyTorch's logits, and how long it takes on one thread."""
-    logits = classify(opener, test)
+def verify(name: str, size: int, opener: Opener, test: Split, expected: Tensor) -> Verdict:
+    """Compare a classifier with PyTorch's logits, `expected`, and time it on one thread."""
+    logits = logits_of(opener, test)
     classifier = opener(1)
     images = test.images[:1].repeat(LARGE_BATCH, 1, 1, 1) / 255
     takes_batches = not name.startswith("pte")
@@ -250,7 +240,7 @@ def judge(name: str, size: int, opener: Opener, test: Split, expected: Tensor) -
 
 
 def percent(right: Tensor) -> float:
-    """How many of these are true, in percent."""
+    """Share of true elements, in percent."""
     return 100 * right.double().mean().item()
 
 
@@ -268,36 +258,36 @@ def latency(classifier: Classifier, images: Tensor, repetitions: int) -> float:
 
 
 def open_eager(network: nn.Module, threads: int) -> Classifier:
-    """PyTorch itself."""
+    """Open the network in PyTorch itself."""
     torch.set_num_threads(threads)
     return network
 
 
-def make(kind: str, network: Normalized, calibration: Tensor, described: dict[str, str]) -> bytes:
-    """The content of a file of this format.
+def make(kind: str, network: nn.Module, calibration: Tensor, metadata: dict[str, str]) -> bytes:
+    """Make the content of a file of this format.
 
     Raises:
-        InputError: its exporter fails.
+        InputError: the exporter fails.
     """
     try:
         match kind:
             case "onnx":
-                return to_onnx(network, described)
+                return to_onnx(network, metadata)
             case "onnx-int8":
-                return to_onnx_int8(network, calibration, described)
+                return to_onnx_int8(network, calibration, metadata)
             case "pte":
                 return to_pte(network)
             case "pte-int8":
                 return to_pte_int8(network, calibration)
-    except Exception as error:  # whatever a library of another version can raise
+    except Exception as error:  # a library of another version can raise anything
         raise InputError(
             f"format: {kind} failed ({first_line(error)}); install the versions of"
             " requirements-export.txt, or choose another format"
         ) from None
 
 
-def to_onnx(network: Normalized, described: dict[str, str]) -> bytes:
-    """ONNX in float32, for any batch size."""
+def to_onnx(network: nn.Module, metadata: dict[str, str]) -> bytes:
+    """Convert to ONNX in float32, for any batch size."""
     example = (torch.zeros(2, 3, 32, 32),)
     program = torch.onnx.export(
         network,
@@ -308,30 +298,30 @@ def to_onnx(network: Normalized, described: dict[str, str]) -> bytes:
         dynamic_shapes=({0: torch.export.Dim("batch")},),
         verbose=False,
     )
-    return finished_onnx(program.model_proto, described)
+    return finished_onnx(program.model_proto, metadata)
 
 
-def finished_onnx(model: object, described: dict[str, str]) -> bytes:
-    """The bytes of an `onnx.ModelProto`: the same each time, with our metadata alone.
+def finished_onnx(model: object, metadata: dict[str, str]) -> bytes:
+    """Serialize an `onnx.ModelProto` reproducibly, with no other metadata than ours.
 
-    The exporter notes stack traces, and with them the paths of this machine.
+    The exporter stores stack traces, and with them the paths of this machine.
     """
     graph = model.graph
     for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
         part.ClearField("doc_string")
         part.ClearField("metadata_props")
     graph.ClearField("value_info")
-    for key, value in described.items():
+    for key, value in metadata.items():
         model.metadata_props.add(key=key, value=value)
     return model.SerializeToString(deterministic=True)
 
 
-def to_onnx_int8(network: Normalized, calibration: Tensor, described: dict[str, str]) -> bytes:
-    """ONNX in int8: static ranges, a scale per channel, unsigned activations.
+def to_onnx_int8(network: nn.Module, calibration: Tensor, metadata: dict[str, str]) -> bytes:
+    """Convert to ONNX in int8: static ranges, a scale per channel, unsigned activations.
 
-    Weights have 7 bits: on CPUs with AVX2 but without VNNI a sum of two products of 8 bits
-    saturates (`fast` is right in 50% there). The first convolution and all that follows the last
-    one stay in float32: they cost little, and most of the error came from them.
+    Weights have 7 bits, because on CPUs with AVX2 but without VNNI a sum of two 8-bit products
+    saturates (there the accuracy of `fast` falls to 50%). The first convolution and the layers
+    after the last one stay in float32: they cost little, and most of the error came from them.
     """
     import onnx
     from onnxruntime import quantization
@@ -347,7 +337,7 @@ def to_onnx_int8(network: Normalized, calibration: Tensor, described: dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         whole, prepared, quantized = (Path(folder, f"{i}.onnx") for i in range(3))
         whole.write_bytes(to_onnx(network, {}))
-        quantization.quant_pre_process(whole, prepared)  # folds BN where it follows a convolution
+        quantization.quant_pre_process(whole, prepared)  # folds BN into convolutions
         nodes = onnx.load(prepared).graph.node
         first = next(node for node in nodes if node.op_type == "Conv")
         last = [node for node in nodes if node.op_type in ("AveragePool", "Reshape", "Gemm")]
@@ -362,11 +352,11 @@ def to_onnx_int8(network: Normalized, calibration: Tensor, described: dict[str, 
             weight_type=quantization.QuantType.QInt8,
             nodes_to_exclude=[node.name for node in (first, *last)],
         )
-        return finished_onnx(onnx.load(quantized), described)
+        return finished_onnx(onnx.load(quantized), metadata)
 
 
 def open_onnx(content: bytes, threads: int) -> Classifier:
-    """An ONNX model in ONNX Runtime."""
+    """Open an ONNX model in ONNX Runtime."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -377,7 +367,7 @@ def open_onnx(content: bytes, threads: int) -> Classifier:
 
 
 def to_pte(network: nn.Module) -> bytes:
-    """ExecuTorch for one image at a time, run by XNNPACK."""
+    """Convert to ExecuTorch for one image at a time, run by XNNPACK."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
@@ -386,8 +376,8 @@ def to_pte(network: nn.Module) -> bytes:
     return bytes(lowered.to_executorch().buffer)
 
 
-def to_pte_int8(network: Normalized, calibration: Tensor) -> bytes:
-    """ExecuTorch in int8: static ranges, a scale per channel."""
+def to_pte_int8(network: nn.Module, calibration: Tensor) -> bytes:
+    """Convert to ExecuTorch in int8: static ranges, a scale per channel."""
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
         XNNPACKQuantizer,
         get_symmetric_quantization_config,
@@ -405,15 +395,15 @@ def to_pte_int8(network: Normalized, calibration: Tensor) -> bytes:
 
 
 def open_pte(content: bytes, threads: int) -> Classifier:
-    """An ExecuTorch program in its runtime, an image at a time."""
+    """Open an ExecuTorch program in its runtime; it takes an image at a time."""
     from executorch.extension.pybindings import portable_lib
     from executorch.runtime import Runtime
 
-    portable_lib._unsafe_reset_threadpool(threads)  # it has no other way to say so
+    portable_lib._unsafe_reset_threadpool(threads)  # there is no public way
     method = Runtime.get().load_program(content).load_method("forward")
 
     def run(images: Tensor) -> Tensor:
-        # Its output is its own memory, which the next call overwrites.
+        # The output lies in the program's own memory, which the next call overwrites.
         return torch.cat([method.execute([image])[0].clone() for image in images.split(1)])
 
     return run
@@ -421,8 +411,6 @@ def open_pte(content: bytes, threads: int) -> Classifier:
 
 def main(args: list[str]) -> None:
     """Export the checkpoint that the command line names."""
-    script.parse_command_line(export, args, prog="export.py")()
+    import tyro
 
-
-if __name__ == "__main__":
-    script.run_script(main)
+    tyro.cli(export, args=args, prog="export.py")

@@ -1,12 +1,16 @@
-"""The released networks for torch.hub, which gives them by name from a copy of this repository:
+"""The released networks for torch.hub, by name, from a copy of this repository.
 
     model = torch.hub.load("path/to/this/folder", "fast", source="local")
-    logits = model(normalized)  # RGB scaled to [0, 1], minus model.info["mean"], over ["std"]
+    logits = model(model.normalize(images))  # RGB scaled to [0, 1], (N, 3, 32, 32)
+    model.info["class_names"][logits[0].argmax()]
 
-`model.info` is what `weights.load_model` tells of a network: class names, normalization, accuracy.
+A network comes on the CPU, in eval mode. `model.info` is the metadata that `load_model` in
+engine/checkpoint.py returns: class names, mean and std, accuracy, temperature. `model.normalize` is
+no layer of the network, and `model.to(device)` leaves it on the CPU: move the images after they are
+normalized, or call `model.normalize.to(device)` too.
 """
 
-import importlib as _importlib
+import importlib.util as _import_util
 import sys as _sys
 from pathlib import Path as _Path
 from types import ModuleType as _Module
@@ -15,6 +19,8 @@ from torch import nn as _nn
 
 dependencies = ["torch", "numpy", "safetensors"]
 _FOLDER = _Path(__file__).resolve().parent
+# The files that a network needs; each imports only from those before it.
+_FILES = "utils", "model", "config", "augment", "engine.distributed", "data", "engine.checkpoint"
 
 
 def best(pretrained: bool = True) -> _nn.Module:
@@ -25,8 +31,8 @@ def best(pretrained: bool = True) -> _nn.Module:
 def fast(pretrained: bool = True) -> _nn.Module:
     """[1, 1, 1] blocks of 96, 192 and 384 channels, 4.34M parameters: 94.76% on CIFAR-10.
 
-    In eval mode, on the CPU, as all of them. Without `pretrained` the weights are random, and those
-    of the whitening stem too.
+    The first convolution, which whitens, is frozen. With `pretrained=False` its weights are random
+    like all others.
     """
     return _load("fast", pretrained)
 
@@ -42,38 +48,40 @@ def tiny(pretrained: bool = True) -> _nn.Module:
 
 
 def _load(name: str, pretrained: bool) -> _nn.Module:
-    """A released network, or a new one of its architecture."""
-    weights = _import_ours("weights")
-    model, info = weights.load_model(_FOLDER / "checkpoints" / f"{name}.safetensors")
+    """Load a released network, or make a new one of its architecture."""
+    modules = _import_files()
+    path = _FOLDER / "checkpoints" / f"{name}.safetensors"
+    model, info = modules["engine.checkpoint"].load_model(path)
     if not pretrained:
-        model = weights.ResNet(model.architecture).eval()
+        model = modules["model"].ResNet(model.architecture).eval()
         info = {key: info[key] for key in ("architecture", "class_names", "mean", "std")}
     model.info = info
+    # As a plain attribute: `model.children()` and the state stay those of the network.
+    object.__setattr__(model, "normalize", modules["data"].Normalize(info["mean"], info["std"]))
     return model
 
 
-def _import_ours(name: str) -> _Module:
-    """One of our scripts, as `tpsnet_NAME`, whatever `utils` or `model` the user has loaded.
+def _import_files() -> dict[str, _Module]:
+    """Import our files as tpsnet_utils, tpsnet_model and so on, once for all networks.
 
-    The scripts import each other by their plain names, so those of the user step aside meanwhile.
-    Once for all networks: of two copies of a class pickle knows only one.
+    The files import each other by their plain names, which the user's own files may have too. So
+    ours have these names in `sys.modules` only while they are imported.
     """
-    before = _sys.modules.get(f"tpsnet_{name}")
-    if before and _Path(before.__file__).resolve().parent == _FOLDER:
-        return before
-    ours = {path.stem for path in _FOLDER.glob("*.py")}
-    theirs = {name: _sys.modules.pop(name) for name in ours & _sys.modules.keys()}
-    _sys.path.insert(0, str(_FOLDER))
+    private = {name: f"tpsnet_{name.replace('.', '_')}" for name in _FILES}
+    paths = {name: _FOLDER / f"{name.replace('.', '/')}.py" for name in _FILES}
+    found = {name: _sys.modules.get(private[name]) for name in _FILES}
+    if all(found[name] and _Path(found[name].__file__) == paths[name] for name in _FILES):
+        return found  # of two copies of a class, pickle would know only one
+    users = {name: _sys.modules.pop(name) for name in _FILES if name in _sys.modules}
     try:
-        imported = _importlib.import_module(name)
+        for name in _FILES:
+            spec = _import_util.spec_from_file_location(private[name], paths[name])
+            found[name] = _import_util.module_from_spec(spec)
+            _sys.modules[name] = found[name]
+            spec.loader.exec_module(found[name])
     finally:
-        _sys.path.remove(str(_FOLDER))
-        loaded = [_sys.modules.pop(name) for name in ours & _sys.modules.keys()]
-        _sys.modules.update(theirs)
-    for module in loaded:  # where torch.compile, pickle and typing look their names up
-        plain, module.__name__ = module.__name__, f"tpsnet_{module.__name__}"
-        _sys.modules[module.__name__] = module
-        for value in vars(module).values():
-            if getattr(value, "__module__", None) == plain:
-                value.__module__ = module.__name__
-    return imported
+        for name in _FILES:
+            _sys.modules.pop(name, None)
+        _sys.modules.update(users)
+    _sys.modules.update({private[name]: module for name, module in found.items()})
+    return found

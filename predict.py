@@ -1,25 +1,25 @@
-"""Say what is in pictures: the class that a saved network gives each, and how sure it is.
+"""Classify pictures with a saved network.
 
-    python predict.py photo.jpg  # by the newest run, else a released model
+    python predict.py photo.jpg  # by the newest run, else a released network
     python predict.py photos 'more/*.png' --top 3 --csv answers.csv
     python predict.py - --checkpoint checkpoints/fast.safetensors < photo.jpg
 
-Any picture gets one of the classes that the network knows, and one of something else may get it
-with a high probability: the network cannot say "none of these". It sees 32x32 pixels.
+The network sees 32x32 pixels. It always answers with one of its classes, often confidently, even
+if the picture shows something else.
 """
 
-import script
+if __name__ == "__main__":  # above the imports: a missing library or an old Python is one line
+    from engine.script import run_script
+
+    run_script("predict")
 
 import contextlib
-import csv as csv_format
 import functools
 import glob
 import io
-import json as json_format
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -30,17 +30,28 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-import utils
 from config import CHECKPOINTS
-from distributed import init_processes
-from metrics import EVAL_BATCH, evaluate
-from utils import IMAGE_SIZE, InputError, first_line, printable
-from weights import find_checkpoint, load_model
+from data import EVAL_BATCH, Normalize
+from engine.checkpoint import find_checkpoint, load_model
+from engine.distributed import init_processes
+from engine.evaluate import classify
+from utils import (
+    IMAGE_SIZE,
+    InputError,
+    check_integer,
+    check_output,
+    first_line,
+    print_error,
+    printable,
+    warn,
+    write_csv,
+    write_json,
+)
 
 MAX_READERS = 4  # pictures decoded at once: each can take a gigabyte
 HEIC_SUFFIXES = {".heic", ".heif"}
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
-Row = dict[str, object]  # of one picture: file, predictions, error
+Answer = dict[str, object]  # for one picture: file, predictions (best first), error (or None)
 
 
 def predict(
@@ -53,17 +64,17 @@ def predict(
     json: str = "",
     csv: str = "",
     batch_size: int = EVAL_BATCH,
-) -> int:
-    """Say what is in pictures, one line each: classes and their probabilities, the best first.
+) -> list[Answer]:
+    """Classify pictures: print a line for each, the most probable classes first.
 
-    Any picture gets one of the network's classes, one of something else too: it cannot say "none
-    of these". Probabilities are calibrated, for images like those it was trained on, if it was
-    trained with --val-size.
+    The network always answers with one of its classes, often confidently, even if the picture shows
+    something else. If it has a temperature (all released networks do, and runs with --val-size),
+    its probabilities are calibrated for images like those it was trained on.
 
     Args:
         images: Files, folders, "quoted globs" (** for all folders below), or - for stdin.
-        checkpoint: A .safetensors file, or a folder: its newest run, else a released model.
-        top: How many classes to name.
+        checkpoint: A .safetensors file, or a folder: its newest run, else a released network.
+        top: How many classes to print.
         resize: Crop the middle to a square before scaling it to 32x32, or squash the whole.
         tta: Average the logits with those of the mirrored picture (test-time augmentation).
         json: Also write the answers to this JSON file.
@@ -71,68 +82,82 @@ def predict(
         batch_size: Pictures in memory at once.
 
     Returns:
-        How many files could not be read; each is told on stderr.
+        The answers, one for each file; a file that cannot be read has an error instead.
 
     Raises:
         InputError: there is no such file, checkpoint or option; nothing was done.
     """
-    utils.check_integer("batch_size", batch_size, 1, 100_000)
-    for name, path in (("json", json), ("csv", csv)):
-        utils.check_output(name, path)
+    check_integer("batch_size", batch_size, 1, 100_000)
+    check_output("json", json)
+    check_output("csv", csv)
     files = find_pictures(images)
     path = find_checkpoint(checkpoint)
     model, info = load_model(path)
     names, temperature = info["class_names"], info.get("temperature")
-    utils.check_integer("top", top, 1, len(names))
-    explain(path, names, temperature)
+    check_integer("top", top, 1, len(names))
+    print_notes(path, names, temperature)
 
     device = init_processes()
-    model, normalize = model.to(device), utils.normalizer(info["mean"], info["std"], device)
-    failures = 0
-    with contextlib.ExitStack() as stack:
-        writers = [write_line]
-        if json:
-            header = {"checkpoint": path.as_posix(), "temperature": temperature, "tta": tta}
-            writers.append(stack.enter_context(json_rows(Path(json), header)))
-        if csv:
-            writers.append(stack.enter_context(csv_rows(Path(csv), top)))
-        readers = stack.enter_context(ThreadPoolExecutor(min(MAX_READERS, os.cpu_count() or 1)))
-        bar = tqdm(total=len(files), unit="img", delay=1, leave=False, disable=None)
-        stack.enter_context(bar)
+    model, normalize = model.to(device), Normalize(info["mean"], info["std"]).to(device)
+    answers = []
+    with (
+        ThreadPoolExecutor(min(MAX_READERS, os.cpu_count() or 1)) as readers,
+        tqdm(total=len(files), unit="img", delay=1, leave=False, disable=None) as bar,
+    ):
         for start in range(0, len(files), batch_size):
             batch = files[start : start + batch_size]
-            read = list(readers.map(functools.partial(attempt, resize=resize), batch))
-            pictures = [picture for picture in read if isinstance(picture, Tensor)]
-            probabilities = iter(())
-            if pictures:
-                logits = evaluate(model, torch.stack(pictures).to(device), normalize, tta)
-                probabilities = iter((logits / (temperature or 1)).softmax(1).cpu())
-            for file, picture in zip(batch, read, strict=True):
-                row = {"file": file, "predictions": [], "error": None}
-                if isinstance(picture, Tensor):
-                    row["predictions"] = best(next(probabilities), names, top)
-                else:
-                    row["error"], failures = picture, failures + 1
-                for write in writers:
-                    write(row)
-            sys.stdout.flush()  # a pipe gets each batch at once, and says here if it is broken
+            read = readers.map(functools.partial(attempt, resize=resize), batch)
+            pictures, errors = zip(*read, strict=True)
+            readable = [picture for picture in pictures if picture is not None]
+            predictions = iter(())
+            if readable:
+                logits = classify(model, torch.stack(readable).to(device), normalize, tta)
+                probabilities = (logits / (temperature or 1)).softmax(1).cpu()
+                predictions = (best(one, names, top) for one in probabilities)
+            for file, error in zip(batch, errors, strict=True):
+                found = [] if error else next(predictions)
+                answers.append({"file": file, "predictions": found, "error": error})
+                print_answer(answers[-1])
+            sys.stdout.flush()  # a pipe gets each batch at once, and reports here if it is broken
             bar.update(len(batch))
-    return failures
+    if json:
+        header = {"checkpoint": path.as_posix(), "temperature": temperature, "tta": tta}
+        write_json(Path(json), header | {"images": answers})
+    if csv:
+        write_csv(Path(csv), [csv_row(answer, top) for answer in answers])
+    return answers
 
 
-def explain(path: Path, names: list[str], temperature: float | None) -> None:
-    """Say on stderr what the answers mean."""
-    utils.print_error(
-        f"{path.as_posix()}: any picture gets one of {', '.join(names)}"
-        if len(names) <= 20
-        else f"{path.as_posix()}: any picture gets one of {len(names)} classes"
-    )
-    utils.print_error(
+def print_notes(path: Path, names: list[str], temperature: float | None) -> None:
+    """Print on stderr which classes there are and what the probabilities mean."""
+    classes = ", ".join(names) if len(names) <= 20 else f"{len(names)} classes"
+    print_error(f"{path.as_posix()}: any picture gets one of {classes}")
+    print_error(
         "probabilities: not calibrated; use their order, not their values"
         if temperature is None
-        else f"probabilities: calibrated for images like its training's, temperature"
+        else "probabilities: calibrated for images like those it was trained on, temperature"
         f" {temperature:.3f}"
     )
+
+
+def print_answer(answer: Answer) -> None:
+    """Print a line above the progress bar: classes on stdout, or an error on stderr."""
+    if answer["error"]:
+        tqdm.write(printable(f"error: {answer['file']}: {answer['error']}"), file=sys.stderr)
+        return
+    classes = (f"{one['class']} {100 * one['probability']:.1f}%" for one in answer["predictions"])
+    tqdm.write(printable(f"{answer['file']}: {', '.join(classes)}"))
+
+
+def csv_row(answer: Answer, top: int) -> dict[str, object]:
+    """An answer as a flat row: file, class_1, probability_1, ..., error."""
+    # A name may hold any bytes, but the CSV file is UTF-8.
+    row = {"file": os.fsencode(answer["file"]).decode(errors="replace")}
+    for i in range(top):
+        found = answer["predictions"][i] if answer["predictions"] else {}
+        for key in ("class", "probability"):
+            row[f"{key}_{i + 1}"] = found.get(key, "")
+    return row | {"error": answer["error"] or ""}
 
 
 def best(probabilities: Tensor, names: list[str], top: int) -> list[dict[str, object]]:
@@ -148,7 +173,9 @@ def best(probabilities: Tensor, names: list[str], top: int) -> list[dict[str, ob
 
 
 def find_pictures(arguments: tuple[str, ...]) -> list[str]:
-    """The files that are named, in order, those of a folder or glob sorted; `-` is stdin.
+    """List the files that are named, in order; those of a folder or glob are sorted.
+
+    Stdin is `-`, and a file of that name `./-`.
 
     Raises:
         InputError: none is named, one is an address, or there is no such file.
@@ -176,13 +203,15 @@ def find_pictures(arguments: tuple[str, ...]) -> list[str]:
 
 
 def pictures_in(folder: Path) -> list[str]:
-    """The files in and below `folder` that have a picture's suffix; a warning counts the others.
+    """List the files in and below `folder` that have a picture's suffix; warn about the others.
+
+    Hidden files and folders are skipped.
 
     Raises:
         InputError: there are none.
     """
-    formats, readable = Image.registered_extensions(), kinds()
-    suffixes = {suffix for suffix, kind in formats.items() if kind in readable} | HEIC_SUFFIXES
+    formats, readable = Image.registered_extensions(), readable_formats()
+    suffixes = {suffix for suffix, name in formats.items() if name in readable} | HEIC_SUFFIXES
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     files = [path for path in files if not is_hidden(path.relative_to(folder))]
     pictures = [path for path in files if path.suffix.lower() in suffixes]
@@ -190,31 +219,31 @@ def pictures_in(folder: Path) -> list[str]:
         raise InputError(f"images: {folder} holds no picture; name another folder, or files")
     if len(pictures) < len(files):
         others = [path.name for path in files if path.suffix.lower() not in suffixes]
-        utils.warn(f"{folder}: {len(others):,} files left out that are no pictures: {others[0]}...")
+        warn(f"{folder}: {len(others):,} files that are no pictures were skipped: {others[0]}...")
     return [str(path) for path in pictures]
 
 
 def is_hidden(path: Path) -> bool:
-    """Whether a name in it begins with a dot, as those of thumbnails and settings do."""
+    """True if a part of the path begins with a dot, as those of thumbnails and settings do."""
     return any(part.startswith(".") for part in path.parts)
 
 
-def attempt(file: str, resize: str) -> Tensor | str:
-    """The picture in a file, (3, 32, 32) uint8; or, in a line, why there is none."""
+def attempt(file: str, resize: str) -> tuple[Tensor | None, str | None]:
+    """Read the picture in a file, (3, 32, 32) uint8, or explain in a line why it cannot be read."""
     try:
         with open_file(file) as stream:
-            return read_picture(stream, resize)
+            return read_picture(stream, resize), None
     except Image.DecompressionBombError:
         limit = 2 * Image.MAX_IMAGE_PIXELS
-        return f"has more than {limit:,} pixels; scale it down first"
+        return None, f"has more than {limit:,} pixels; scale it down first"
     except Image.UnidentifiedImageError:
-        return "is no picture that Pillow can read"
-    except Exception as error:  # whatever a foreign file can raise
-        return f"cannot be read ({getattr(error, 'strerror', None) or first_line(error)})"
+        return None, "is no picture that Pillow can read"
+    except Exception as error:  # a foreign file can raise anything
+        return None, f"cannot be read ({getattr(error, 'strerror', None) or first_line(error)})"
 
 
 def open_file(file: str) -> io.BufferedIOBase:
-    """A file to read, or stdin, with a way back to its start, which pipes do not have."""
+    """Open a file or stdin so that it is seekable, which pipes are not."""
     if file == "-":
         return io.BytesIO(sys.stdin.buffer.read())
     stream = Path(file).open("rb")  # noqa: SIM115 (the caller closes it)
@@ -225,11 +254,11 @@ def open_file(file: str) -> io.BufferedIOBase:
 
 
 def read_picture(stream: io.BufferedIOBase, resize: str = "crop") -> Tensor:
-    """A picture as the network sees it, (3, 32, 32) uint8 RGB.
+    """Read a picture as the network sees it, (3, 32, 32) uint8 RGB.
 
-    Its middle square, or for `squash` the whole, is scaled by a triangle filter as wide as a new
-    pixel (Pillow's `BILINEAR`): without such antialiasing most photographs are not recognised. A
-    picture of 32x32 pixels stays as it is.
+    The middle square (`crop`), or the whole (`squash`), is scaled by a triangle filter as wide as a
+    new pixel (Pillow's `BILINEAR`): without such antialiasing most photographs are not recognized.
+    A picture of 32x32 pixels stays as it is.
     """
     start = stream.read(12)
     stream.seek(0)
@@ -238,7 +267,7 @@ def read_picture(stream: io.BufferedIOBase, resize: str = "crop") -> Tensor:
     is_heic = start[4:8] == b"ftyp" and start[8:12] in HEIC_BRANDS
     if is_heic and not heic_support():
         raise ValueError("HEIC needs `pip install pillow-heif`")
-    image = to_rgb(Image.open(stream, formats=kinds()))
+    image = to_rgb(Image.open(stream, formats=readable_formats()))
     if resize == "crop":
         side = min(image.size)
         left, upper = ((length - side) // 2 for length in image.size)
@@ -247,14 +276,14 @@ def read_picture(stream: io.BufferedIOBase, resize: str = "crop") -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def kinds() -> list[str]:
-    """What Pillow can read, but for EPS: that is a program, which it has Ghostscript run."""
+def readable_formats() -> list[str]:
+    """All formats that Pillow reads except EPS: that is a program, which Ghostscript would run."""
     Image.init()
-    return [kind for kind in Image.OPEN if kind != "EPS"]
+    return [name for name in Image.OPEN if name != "EPS"]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Its first frame in 8-bit RGB: upright by its EXIF, alpha over white, 16 bits scaled to 8."""
+    """Convert the first frame to 8-bit RGB: upright by its EXIF, alpha over white, 16 bits to 8."""
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers; save it with 8 bits")
@@ -269,7 +298,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 @functools.cache
 def heic_support() -> bool:
-    """Whether iPhones' HEIC can be read, by a library that is not among the requirements."""
+    """Let Pillow read iPhones' HEIC, by a library that is optional; False without it."""
     with contextlib.suppress(ImportError):
         import pillow_heif
 
@@ -278,59 +307,16 @@ def heic_support() -> bool:
     return False
 
 
-# ---------------------------------------------------------------- answers
-
-
-def write_line(row: Row) -> None:
-    """Print an answer on stdout, or on stderr why there is none, above the progress bar."""
-    if row["error"]:
-        tqdm.write(printable(f"error: {row['file']}: {row['error']}"), file=sys.stderr)
-        return
-    answers = (f"{one['class']} {100 * one['probability']:.1f}%" for one in row["predictions"])
-    tqdm.write(printable(f"{row['file']}: {', '.join(answers)}"))
-
-
-@contextlib.contextmanager
-def json_rows(path: Path, header: dict[str, object]) -> Iterator[Callable[[Row], None]]:
-    """In the block, a function that adds a row to `images` in a JSON file, which keeps none."""
-    with utils.atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        file.write(json_format.dumps(header)[:-1] + ', "images": [')
-        separators = (separator for separator in ("\n",))
-
-        def write(row: Row) -> None:
-            file.write(next(separators, ",\n") + json_format.dumps(row))
-
-        yield write
-        file.write("\n]}\n")
-
-
-@contextlib.contextmanager
-def csv_rows(path: Path, top: int) -> Iterator[Callable[[Row], None]]:
-    """In the block, a function that adds a row to a CSV file: a class and its probability, ..."""
-    with (
-        utils.atomic_path(path) as temporary,
-        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-    ):
-        writer = csv_format.writer(file)
-        columns = [f"{name}_{i}" for i in range(1, top + 1) for name in ("class", "probability")]
-        writer.writerow(["file", *columns, "error"])
-
-        def write(row: Row) -> None:
-            cells = [cell for one in row["predictions"] for cell in one.values()]
-            writer.writerow([row["file"], *(cells or [""] * len(columns)), row["error"] or ""])
-
-        yield write
-
-
 def main(args: list[str]) -> None:
-    """Say what is in the pictures that the command line names; status 2 if one was not read."""
-    warnings.filterwarnings("ignore", module="PIL")  # about what is odd in a file
+    """Classify the pictures that the command line names.
+
+    Raises:
+        InputError: some of the pictures could not be read; the others are answered.
+    """
+    import tyro
+
+    warnings.filterwarnings("ignore", module="PIL")  # about oddities of a file
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-    failures = script.parse_command_line(predict, args, prog="predict.py")()
-    if failures:
-        utils.print_error(f"error: {failures:,} of the files could not be read")
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    script.run_script(main)
+    answers = tyro.cli(predict, args=args, prog="predict.py")
+    if failures := sum(answer["error"] is not None for answer in answers):
+        raise InputError(f"images: {failures:,} of {len(answers):,} could not be read")

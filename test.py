@@ -1,34 +1,34 @@
 """Test a saved network on the test set of its data set.
 
-    python test.py                                   # the newest run, else a released model
+    python test.py                                   # the newest run, else a released network
     python test.py checkpoints/try/model.safetensors --tta --json result.json
     python test.py checkpoints/try-0 --compare checkpoints/try-1  # is one of them better?
 
-All that it needs is in the checkpoint: no constant of config.py is used.
+The checkpoint holds all that is needed: no constant of config.py is used.
 """
 
-import script
+if __name__ == "__main__":  # above the imports: a missing library or an old Python is one line
+    from engine.script import run_script
 
-from collections.abc import Callable
+    run_script("test")
+
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-import plots
-import utils
-from config import CHECKPOINTS
-from data import Dataset, load_dataset
-from distributed import init_processes
-from metrics import Score, calibrate, evaluate, score
+from config import CHECKPOINTS, Config
+from data import Dataset, Normalize, load_dataset
+from engine import plots
+from engine.checkpoint import find_checkpoint, load_model
+from engine.distributed import init_processes
+from engine.evaluate import Score, calibrate, classify, score
 from model import model_cost
-from utils import InputError, printable
-from weights import find_checkpoint, load_model
+from utils import InputError, check_output, printable, warn, write_json
 
-NUM_MISTAKES = 24  # in their figure
+NUM_MISTAKES = 24  # in the figure of the mistakes
 
 
 def test(
@@ -43,8 +43,8 @@ def test(
     """Accuracy, loss, calibration, confusion matrix and cost of a saved network.
 
     Args:
-        checkpoint: A .safetensors file, or a folder: its newest run, else a released model.
-        tta: Also test with test-time augmentation: logits averaged with the flipped view's.
+        checkpoint: A .safetensors file, or a folder: its newest run, else a released network.
+        tta: Also test with test-time augmentation: average the logits with the flipped view's.
         compare: Another checkpoint, file or folder: do the two differ by more than chance?
         json: Also write the result to this file.
         data_dir: Folder of CIFAR-10, which is downloaded into it if it is not there.
@@ -58,10 +58,11 @@ def test(
     """
     path = find_checkpoint(checkpoint)
     other_path = find_checkpoint(Path(compare)) if compare else None
-    utils.check_output("json", json)
+    check_output("json", json)
     model, info = load_model(path)
     other, other_info = load_model(other_path) if compare else (None, None)
-    data = load_dataset(info.get("dataset"), data_dir, download=download)
+    config = Config(dataset=info.get("dataset"), data_dir=data_dir, download=download)
+    data = load_dataset(config)
     check_data(path, info, data)
     if compare:
         check_data(other_path, other_info, data)
@@ -72,26 +73,26 @@ def test(
         f"{shown(path)}: {printable(info.get('preset'))} network, {cost.num_params:,} parameters,"
         f" {cost.macs / 1e6:,.1f} M MACs, {printable(info.get('epochs'))} epochs of {data.name}"
     )
-    logits = classify(model, info, data)
     labels = data.test.labels
+    logits = logits_of(model, info, data)
     plain = score(logits, labels)
     print(f"test accuracy: {plain}")
-    mirrored = None
+    flipped = None
     if tta:
-        mirrored = score(classify(model, info, data, flip_tta=True), labels)
-        print(f"with the flipped view (TTA): {mirrored}")
+        flipped = score(logits_of(model, info, data, flip_tta=True), labels)
+        print(f"with the flipped view (TTA): {flipped}")
     bins = calibrate(logits, labels)
     print(f"expected calibration error: {bins}")
     calibrated = None
     if temperature := info.get("temperature"):
         calibrated = calibrate(logits / temperature, labels)
-        print(f"with the temperature of its validation images, {temperature:.3f}: {calibrated}")
-    counts = confusion(logits.argmax(1), labels, len(data.class_names))
+        print(f"with its temperature, {temperature:.3f}: {calibrated}")
+    counts = confusion_matrix(logits, labels)
     print_per_class(counts, data.class_names)
 
     comparison = None
     if compare:
-        other_logits = classify(other, other_info, data)
+        other_logits = logits_of(other, other_info, data)
         comparison = mcnemar(logits, other_logits, labels)
         print(f"{shown(other_path)}: {score(other_logits, labels)}")
         print(
@@ -101,11 +102,11 @@ def test(
 
     result = {
         "checkpoint": path.as_posix(),
-        **summary(plain),
-        "tta": mirrored and summary(mirrored),
+        **as_json(plain),
+        "tta": flipped and as_json(flipped),
         "mean_confidence": bins.mean_confidence,  # percent
         "calibration_error": bins.error,  # points
-        "temperature": temperature,  # None if no validation images were set aside
+        "temperature": temperature,  # None if none was fitted
         "calibrated_mean_confidence": calibrated and calibrated.mean_confidence,
         "calibrated_error": calibrated and calibrated.error,
         "compared_with": comparison and {"checkpoint": other_path.as_posix(), **comparison},
@@ -117,26 +118,22 @@ def test(
         "confusion": counts.tolist(),  # [true class][predicted class]
     }
     if json:
-        utils.write_json(Path(json), result)
-    draw(
-        path,
-        f"{path.as_posix()}: {plain.accuracy:.2f}%",
-        confusion=partial(plots.confusion_matrix, counts.numpy(), data.class_names),
-        calibration=partial(plots.calibration, bins),
-        mistakes=partial(plots.mistakes, *worst_mistakes(logits, data)),
-    )
-    return result
+        write_json(Path(json), result)
 
-
-def draw(path: Path, title: str, **drawings: Callable[[Path, str], None]) -> None:
-    """Draw figures beside a checkpoint; one that cannot be is a warning: the numbers are told."""
-    for name, drawing in drawings.items():
+    title = f"{path.as_posix()}: {plain.accuracy:.2f}%"
+    figures = {
+        "confusion": partial(plots.confusion_matrix, counts, data.class_names),
+        "calibration": partial(plots.calibration, bins),
+        "mistakes": partial(plots.mistakes, *worst_mistakes(logits, data)),
+    }
+    for name, plot in figures.items():
         figure = path.with_name(f"{path.stem}_{name}.png")
         try:
-            drawing(figure, title)
+            plot(figure, title)
             print(f"figure: {shown(figure)}")
-        except InputError as error:
-            utils.warn(f"no figure: {error}")
+        except InputError as error:  # the numbers are printed, and need no figure
+            warn(f"no figure: {error}")
+    return result
 
 
 def shown(path: Path) -> str:
@@ -145,33 +142,38 @@ def shown(path: Path) -> str:
 
 
 def check_data(path: Path, info: dict[str, object], data: Dataset) -> None:
-    """Raise InputError if the model has other classes than `data`; warn if its copy differs."""
+    """Raise InputError if the network has other classes than `data`; warn if its copy differs."""
     if info["class_names"] != list(data.class_names):
-        raise InputError(f"checkpoint: {path} knows other classes than {data.name} has")
-    if not data.is_known_as(info.get("data_fingerprint")):
-        utils.warn(f"this copy of {data.name} is not the one that {path} was trained with")
+        raise InputError(
+            f"checkpoint: {path} has other classes than {data.name}; name another checkpoint"
+        )
+    if info.get("data_fingerprint") != data.fingerprint:
+        warn(f"this copy of {data.name} is not the one that {path} was trained with")
 
 
-def classify(
+def logits_of(
     model: nn.Module, info: dict[str, object], data: Dataset, flip_tta: bool = False
 ) -> Tensor:
-    """Logits of the test images, (N, C), normalised by the mean and std in the metadata."""
+    """Logits of the test images, (N, C), normalized by the mean and std in the metadata."""
     images = data.test.images
-    normalize = utils.normalizer(info["mean"], info["std"], images.device)
-    return evaluate(model.to(images.device), images, normalize, flip_tta)
+    normalize = Normalize(info["mean"], info["std"]).to(images.device)
+    return classify(model.to(images.device), images, normalize, flip_tta)
 
 
-def summary(found: Score) -> dict[str, object]:
+def as_json(found: Score) -> dict[str, object]:
     """A score as JSON values; accuracy and its 95% interval in percent."""
     return {"accuracy": found.accuracy, "interval": found.interval} | asdict(found)
 
 
 def mcnemar(first: Tensor, second: Tensor, labels: Tensor) -> dict[str, float]:
-    """Whether the accuracies of two models on the same images differ by more than chance.
+    """McNemar's exact test (1947): do two networks' accuracies differ by more than chance?
 
-    McNemar's exact test (1947): of the images that only one of them gets right, each is either's
-    with probability 1/2 if both are equally good. It compares two networks, not their recipes,
-    which takes several seeds of each.
+    Only the images that one of the two alone gets right are counted. If both networks are equally
+    good, each of these images is as likely to be the first's as the second's. The test compares
+    two networks; to compare their recipes takes several seeds of each.
+
+    Args:
+        first, second: logits of the same images, (N, C).
 
     Returns:
         only_first, only_second: number of images that only this one gets right. p: two-sided.
@@ -200,30 +202,30 @@ def worst_mistakes(logits: Tensor, data: Dataset) -> tuple[np.ndarray, list[str]
     return data.test.images[worst].permute(0, 2, 3, 1).cpu().numpy(), captions
 
 
-def confusion(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Confusion matrix: counts of (true class, predicted class), (C, C) int64, on the CPU."""
-    pairs = labels * num_classes + predicted
-    return torch.bincount(pairs.cpu(), minlength=num_classes**2).view(num_classes, num_classes)
+def confusion_matrix(logits: Tensor, labels: Tensor) -> np.ndarray:
+    """Counts of (true class, predicted class), (C, C)."""
+    from sklearn import metrics
+
+    predicted, classes = logits.argmax(1).cpu(), range(logits.shape[1])
+    return metrics.confusion_matrix(labels.cpu(), predicted, labels=classes)
 
 
-def print_per_class(counts: Tensor, class_names: tuple[str, ...]) -> None:
+def print_per_class(counts: np.ndarray, class_names: tuple[str, ...]) -> None:
     """Print each class's accuracy, and the class that it is most often taken for."""
     width = max(map(len, class_names))
     print(f"\n{'class':{width}}  correct     of  accuracy  most often taken for")
     for i, name in enumerate(class_names):
-        wrong = counts[i].clone()
+        wrong = counts[i].copy()
         wrong[i] = 0
         confused = f"{class_names[wrong.argmax()]} ({wrong.max()})" if wrong.any() else "-"
-        total = counts[i].sum().item()
-        accuracy = f"{100 * counts[i, i].item() / max(total, 1):.2f}%"
+        total = counts[i].sum()
+        accuracy = f"{100 * counts[i, i] / max(total, 1):.2f}%"
         print(f"{name:{width}}  {counts[i, i]:7,d}  {total:5,d}  {accuracy:>8}  {confused}")
     print()
 
 
 def main(args: list[str]) -> None:
     """Test the checkpoint that the command line names."""
-    script.parse_command_line(test, args, prog="test.py")()
+    import tyro
 
-
-if __name__ == "__main__":
-    script.run_script(main)
+    tyro.cli(test, args=args, prog="test.py")

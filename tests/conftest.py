@@ -1,7 +1,5 @@
 """What the tests share. Every test runs in an empty folder of its own, on tiny data."""
 
-import script
-
 import os
 import signal
 import subprocess
@@ -19,6 +17,7 @@ from PIL import Image
 
 import data
 from config import PRESETS
+from engine.script import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 HAS_CIFAR10 = any(
@@ -118,22 +117,22 @@ class Bomb:
 
 
 def command(*args, launcher=()):
-    """The command line of one of the scripts."""
-    module = ("-m", *launcher) if launcher else ()
-    return [sys.executable, *module, str(ROOT / args[0]), *map(str, args[1:])]
+    """The command line of a script, `train.py`, or of a module, `search`."""
+    script, *options = map(str, args)
+    start = [*launcher, str(ROOT / script)] if script.endswith(".py") else ["-m", script]
+    return [sys.executable, *(["-m"] if launcher else []), *start, *options]
 
 
 def run(*args, cwd=".", launcher=(), **env):
     """Run a script in a process of its own."""
     line = command(*args, launcher=launcher)
-    return subprocess.run(line, cwd=cwd, env=os.environ | env, capture_output=True, text=True)
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | env  # modules are found from any folder
+    return subprocess.run(line, cwd=cwd, env=env, capture_output=True, text=True)
 
 
 def run_main(main, *args, monkeypatch):
-    """Run a script's main in this process as its file would; returns its exit status."""
+    """Run the `main` of a module in this process as its script would; returns its exit status."""
     monkeypatch.setattr(sys, "argv", ["script", *map(str, args)])
-    try:
-        script.run_script(main)
-    except SystemExit as stop:
-        return stop.code
-    return 0
+    with pytest.raises(SystemExit) as stop:
+        run_script(main if isinstance(main, str) else main.__module__)
+    return stop.value.code

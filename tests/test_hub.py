@@ -1,5 +1,7 @@
-"""torch.hub, from another folder; and the cards and citation that other programs read."""
+"""torch.hub beside a user's own utils.py, model.py, data.py and engine/."""
 
+import copy
+import pickle
 import re
 import subprocess
 import sys
@@ -7,11 +9,13 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from torch import nn
 
 import hubconf
-from weights import load_model
+from engine.checkpoint import load_model
 
 RELEASED = sorted(path.stem for path in ROOT.glob("checkpoints/*.safetensors"))
+USERS = ("utils", "data", "model", "engine.checkpoint")
 USER = """
 import sys, importlib.abc
 
@@ -21,87 +25,76 @@ class Blocked(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(name, name=name)
 
 sys.meta_path.insert(0, Blocked())
-import torch, utils, data
+import pickle, torch, utils, engine.checkpoint
 
-network = torch.hub.load({root!r}, {name!r}, source="local", pretrained={pretrained})
-import model, weights
-assert [utils.MINE, data.MINE, model.MINE, weights.MINE] == ["utils", "data", "model", "weights"]
+path = list(sys.path)
+networks = [torch.hub.load({root!r}, name, source="local") for name in {names}]
+import model, data
+mine = [module.MINE for module in (utils, data, model, engine.checkpoint)]
+assert mine == ["utils", "data", "model", "engine.checkpoint"], mine
 assert sys.modules["utils"] is utils
-assert sys.path[0] != {root!r}
-{then}
+assert sys.path == path
+image = torch.ones(2, 3, 32, 32)
+for network in networks:
+    assert type(network) is type(networks[0])
+    assert type(network).__module__ not in ("model", "__main__")
+    same = pickle.loads(pickle.dumps(network))
+    assert torch.equal(same(same.normalize(image)), network(network.normalize(image)))
+sys.meta_path.pop(0)  # torch.export imports all kinds of libraries
+assert torch.export.export(network, (image,))
 """
 
 
-@pytest.fixture
-def use(tmp_path):
-    """Runs a user's script that loads a network, beside their own utils.py and more."""
-    for name in ("utils", "data", "model", "weights"):
-        (tmp_path / f"{name}.py").write_text(f"MINE = {name!r}\n")
+def test_hub_works_beside_a_users_own_modules(tmp_path):
+    """All networks in one process, with the libraries that hubconf names alone."""
+    for name in ("engine.__init__", *USERS):
+        path = tmp_path / f"{name.replace('.', '/')}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"MINE = {name!r}\n")
     lines = (ROOT / "requirements.txt").read_text().splitlines()
-    required = {re.match(r"[\w-]+", line)[0] for line in lines if line[0] != "#"}
-    blocked = required - set(hubconf.dependencies) - {"pillow", "scikit-learn"} | {"PIL", "sklearn"}
-
-    def run(then, name="fast", pretrained=True):
-        code = USER.format(
-            root=str(ROOT), name=name, pretrained=pretrained, then=then, blocked=blocked
-        )
-        (tmp_path / "users.py").write_text(code)
-        line = [sys.executable, "users.py"]
-        result = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-
-    return run
+    required = {re.match(r"[\w-]+", line)[0] for line in lines if line[:1] not in ("#", "-", "")}
+    blocked = required - set(hubconf.dependencies) | {"PIL", "sklearn"}
+    code = USER.format(root=str(ROOT), names=RELEASED, blocked=blocked)
+    (tmp_path / "users.py").write_text(code)
+    line = [sys.executable, "users.py"]
+    result = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("name", RELEASED)
-def test_hub_gives_the_released_network(name, use):
+def test_entry_gives_the_released_network_with_its_normalization(name):
+    network = copy.deepcopy(getattr(hubconf, name)())
     model, info = load_model(ROOT / f"checkpoints/{name}.safetensors")
-    image = torch.ones(2, 3, 32, 32)
-    use(
-        "import pickle, copy\n"
-        f"assert network.info['accuracy'] == {info['accuracy']}\n"
-        "assert not network.training\n"
-        "image = torch.ones(2, 3, 32, 32)\n"
-        "same = pickle.loads(pickle.dumps(copy.deepcopy(network)))\n"
-        "assert torch.equal(same(image), network(image))\n"
-        f"assert abs(network(image).sum().item() - {model(image).sum().item()}) < 1e-3\n"
-        "sys.meta_path.pop(0)  # torch.export looks for all kinds of libraries\n"
-        "assert torch.export.export(network, (image,))",
-        name,
-    )
+    assert network.info == info
+    assert not network.training
+    mean, std = (torch.tensor(info[key])[:, None, None] for key in ("mean", "std"))
+    image = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = model((image - mean) / std)
+        assert torch.allclose(network(network.normalize(image)), expected, atol=1e-4)
+    # `normalize` is no layer: whatever counts, cuts or saves layers sees the network alone.
+    assert [n for n, _ in network.named_modules()] == [n for n, _ in model.named_modules()]
+    assert network.state_dict().keys() == model.state_dict().keys()
 
 
-def test_two_networks_live_in_one_process(use):
-    use(
-        "import pickle\n"
-        f"other = torch.hub.load({str(ROOT)!r}, 'tiny', source='local')\n"
-        "assert type(other) is type(network)\n"
-        "assert pickle.loads(pickle.dumps(network)).architecture == network.architecture"
-    )
+@pytest.mark.parametrize("name", RELEASED)
+def test_layers_are_those_of_pytorch(name):
+    """Tools that go by a layer's type recognize them."""
+    layers = list(getattr(hubconf, name)().modules())
+    for kind in (nn.Conv2d, nn.BatchNorm2d, nn.Linear):
+        found = [layer for layer in layers if isinstance(layer, kind)]
+        assert found
+        assert all(type(layer) is kind for layer in found)
 
 
-def test_hub_without_pretrained_is_the_same_architecture_with_other_weights(use):
-    use(
-        f"trained = torch.hub.load({str(ROOT)!r}, 'fast', source='local')\n"
-        "assert network.architecture.c1 == trained.architecture.c1 == 24\n"
-        "assert not torch.equal(network.linear.weight, trained.linear.weight)\n"
-        "assert 'accuracy' not in network.info",
-        pretrained=False,
-    )
+def test_entry_without_pretrained_is_the_same_architecture_with_other_weights():
+    network, new = hubconf.fast(), hubconf.fast(pretrained=False)
+    assert new.architecture == network.architecture
+    assert type(new) is type(pickle.loads(pickle.dumps(network)))
+    assert not torch.equal(new.linear.weight, network.linear.weight)
+    assert "accuracy" not in new.info
 
 
 def test_every_released_network_has_an_entry_and_nothing_else_is_one():
     public = [name for name, value in vars(hubconf).items() if callable(value) and name[0] != "_"]
     assert sorted(public) == RELEASED
-
-
-@pytest.mark.parametrize("name", RELEASED)
-def test_cards_are_what_model_hubs_read(name):
-    hub = pytest.importorskip("huggingface_hub")
-    data = hub.ModelCard.load(ROOT / f"checkpoints/{name}.md").data
-    _, info = load_model(ROOT / f"checkpoints/{name}.safetensors")
-    assert (data.license, data.pipeline_tag) == ("mit", "image-classification")
-    assert data.datasets == ["uoft-cs/cifar10"]
-    assert data.metrics == ["accuracy"]
-    assert data.eval_results[0].metric_value == pytest.approx(info["accuracy"]["test"])
-    assert data.eval_results[0].dataset_split == "test"
