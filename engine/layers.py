@@ -50,17 +50,17 @@ class MatmulConv(torch.autograd.Function):
     def is_suited(
         x: Tensor,
         weight: Tensor,
-        bias: Tensor | None,
-        stride: tuple[int, ...],
-        padding: tuple[int, ...] | str,
-        dilation: tuple[int, ...],
-        groups: int,
+        bias: Tensor | None = None,
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] | str = 0,
+        dilation: int | tuple[int, ...] = 1,
+        groups: int = 1,
     ) -> bool:
         """True where this is faster than PyTorch, for the arguments of F.conv2d."""
-        kernel = weight.shape[-1]
+        kernel, is_square = weight.shape[-1], weight.shape[-1] == weight.shape[-2]
         # The patches of kernels over 3x3 would take too much memory.
         keeps_size = kernel in (1, 3) and padding == (kernel // 2,) * 2 and stride == (1, 1)
-        is_plain = keeps_size and bias is None and dilation == (1, 1) and groups == 1
+        is_plain = is_square and keeps_size and bias is None and dilation == (1, 1) and groups == 1
         is_small = x.shape[1] >= 96 and x.shape[-1] <= 7
         on_amx = HAS_AMX and x.dtype == torch.bfloat16 and x.device.type == "cpu"
         return on_amx and is_plain and is_small and x.shape[-1] == x.shape[-2]

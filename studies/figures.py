@@ -1,11 +1,15 @@
-"""Draw the README's figures: architecture, benchmark, accuracy over time, a search's effects.
+"""Draw the figures of the README and docs/ that come from files in studies/ and checkpoints/.
 
-python -m studies.figures    # writes images/*.png from the files in studies/
+    python -m studies.figures    # writes images/*.png
+
+Needs no data set and trains nothing; takes about a minute.
 """
 
-import script
+if __name__ == "__main__":  # above the imports: a missing library or an old Python is one line
+    from engine.script import run_script
 
-import json
+    run_script("studies.figures")
+
 from pathlib import Path
 
 import numpy as np
@@ -15,20 +19,29 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Polygon
 from torch import nn
 
-import plots
 import utils
 from config import CHECKPOINTS
+from engine import plots
+from engine.checkpoint import load_model
+from engine.plots import BLUE, GREY, ORANGE
 from model import ResNet, model_cost, pooled_size
-from plots import BLUE, GREY, ORANGE
+from search.figures import COSTS, effects
 from utils import InputError
-from weights import load_model
 
 # Of `best` on two cores of an AMD EPYC: half of its 180 epochs at 174 images/s, half at 99.
 BEST_HOURS = 90 * 50_000 * (1 / 174 + 1 / 99) / 3600
+FAST_TEST = 94.56  # percent of the test images, of the run in fast-validation.csv (docs/fast.md)
+TPSNET_TEST, TPSNET_EPOCHS = 94.84, 300  # as published
+# In images/family.png, where a network's name would cover something on the left of its point.
+LABEL_PLACES = {
+    ("tiny", "num_params"): ((9, -6), "left"),
+    ("tiny", "macs"): ((9, -6), "left"),
+    ("small", "num_params"): ((-8, 17), "left"),
+}
 
 
 def architecture(model: ResNet, path: str | Path, title: str) -> None:
-    """A network's feature maps, drawn to scale, and its two kinds of block.
+    """Draw a network's feature maps to scale, and its two kinds of block.
 
     A map's height is proportional to the square root of its side, its width to that of its
     channels.
@@ -166,22 +179,23 @@ def draw_box(axes: Axes, x: float, y: float, text: str, color: str) -> float:
 
 
 def benchmark(result: dict[str, object], path: str | Path) -> None:
-    """Speed and memory of our loop beside the classical script's, from benchmark.py's JSON."""
+    """Draw the speed and memory of the contestants, from the JSON file of studies/benchmark.py."""
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     figure.suptitle(
         f"{result['preset']}: {result['num_params'] / 1e6:.2f}M parameters,"
         f" {result['macs'] / 1e6:,.0f} M MACs per image; medians, smallest to largest"
     )
     speed, memory, scaling = figure.subplots(1, 3, width_ratios=(1.2, 0.7, 1.2))
-    colors, names = (BLUE, ORANGE), result["contestants"]
+    names = result["contestants"]
+    colors, width = (BLUE, ORANGE, GREY)[: len(names)], 0.76 / len(names)
 
     shown = {"step": "training\nstep", "epoch": "whole\nepoch", "evaluate": "evaluation"}
-    for i, (name, color) in enumerate(zip(names, colors, strict=True)):
+    for i, color in enumerate(colors):
         rates = np.array([result["images_per_second"][key][i] for key in shown])
         middle = np.median(rates, axis=1)
         errors = np.stack([middle - rates.min(axis=1), rates.max(axis=1) - middle])
-        places = np.arange(len(shown)) + 0.38 * (i - 0.5)
-        bars = speed.bar(places, middle, 0.36, yerr=errors, color=color, label=name, capsize=2)
+        places = np.arange(len(shown)) + width * (i - (len(names) - 1) / 2)
+        bars = speed.bar(places, middle, width - 0.02, yerr=errors, color=color, capsize=2)
         speed.bar_label(bars, fmt="%.0f", fontsize=8, padding=2)
     speed.set_xticks(range(len(shown)), shown.values())
     speed.set(title=f"images/s at batch {result['batch_size']}")
@@ -189,13 +203,13 @@ def benchmark(result: dict[str, object], path: str | Path) -> None:
 
     bars = memory.bar(names, [m / 1e9 for m in result["memory_bytes"]], color=colors)
     memory.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
-    memory.set_xticks(range(2), [name.replace(" ", "\n") for name in names])
+    memory.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names], fontsize=9)
     memory.set(title="peak memory, GB\nabove the bare process")
     memory.margins(y=0.1)
 
     sizes = [int(size) for size in result["scaling"]]  # strings in JSON
     for i, (name, color) in enumerate(zip(names, colors, strict=True)):
-        rates = np.array([pair[i] for pair in result["scaling"].values()])
+        rates = np.array([each[i] for each in result["scaling"].values()])
         scaling.fill_between(sizes, rates.min(axis=1), rates.max(axis=1), color=color, alpha=0.2)
         scaling.plot(sizes, np.median(rates, axis=1), "o-", color=color, markersize=4, label=name)
     scaling.set_xscale("log", base=2)
@@ -203,7 +217,7 @@ def benchmark(result: dict[str, object], path: str | Path) -> None:
     scaling.minorticks_off()
     scaling.set_ylim(bottom=0)
     scaling.set(title="training step, images/s", xlabel="batch size")
-    scaling.legend(frameon=False, loc="center right")
+    scaling.legend(frameon=False)
     for axes in (speed, memory, scaling):
         axes.spines[["top", "right"]].set_visible(False)
     plots.save(figure, path)
@@ -212,68 +226,64 @@ def benchmark(result: dict[str, object], path: str | Path) -> None:
 def accuracy_over_time(
     fast: list[dict[str, float | None]],
     tpsnet: list[dict[str, float | None]],
-    epochs: int,
-    published: float,
-    best: tuple[float, float],
+    tested: dict[str, tuple[float, float, str]],
     path: str | Path,
 ) -> None:
-    """Validation accuracy over training time: the preset `fast` beside the paper's recipe.
+    """Draw accuracy over training time: `fast` and the first epochs of the paper's recipe.
 
-    Of `best`, which was trained on a GPU, only the end is drawn.
+    The validation accuracies of the two runs are in one panel. Test accuracies, of whole trainings,
+    are in another one.
 
     Args:
         fast: log of a whole run.
         tpsnet: log of the first epochs of the paper's recipe, on the same machine.
-        epochs: number of epochs of the paper's recipe, to which its time is extrapolated.
-        published: its test accuracy after them, in percent.
-        best: the hours that `best` would take on that machine, and its test accuracy.
+        tested: hours of a training on that machine, test accuracy and a note, by preset.
     """
-    figure = Figure(figsize=(8, 3.8), layout="constrained")
-    axes = figure.subplots()
-    ends = []
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    validation, test = figure.subplots(1, 2, width_ratios=(1.5, 1))
     for rows, color, label in (
         (fast, BLUE, f"fast: {len(fast)} epochs"),
-        (tpsnet, ORANGE, f"tpsnet: the first {len(tpsnet)} of {epochs} epochs"),
+        (tpsnet, ORANGE, f"tpsnet: the first {len(tpsnet)} of {TPSNET_EPOCHS} epochs"),
     ):
-        minutes = np.cumsum([row["seconds"] for row in rows]) / 60
+        hours = np.cumsum([row["seconds"] for row in rows]) / 3600
         accuracy = [row["val_accuracy"] for row in rows]
-        axes.plot(minutes, accuracy, "o-", color=color, markersize=3, label=label)
-        ends.append((minutes[-1], accuracy[-1]))
-    (start, accuracy), total = ends[1], ends[1][0] * epochs / len(tpsnet)
-    axes.plot([start, total], [accuracy, published], ":", color=ORANGE)
-    axes.plot(total, published, "o", color=ORANGE, fillstyle="none")
-    axes.annotate(
-        f"{published}% as published\n(on the test set),\n{total / 60:.0f} hours as projected",
-        (total, published), xytext=(36, -60), textcoords="offset points", ha="right", va="top",
-    )  # fmt: skip
-    axes.annotate(
-        f"{ends[0][1]:.2f}%\n{ends[0][0]:.0f} minutes", ends[0],
-        xytext=(6, -8), textcoords="offset points", va="top",
-    )  # fmt: skip
-    hours, accuracy = best
-    axes.plot(60 * hours, accuracy, "s", color=BLUE, fillstyle="none")
-    axes.annotate(
-        f"best: {accuracy:.2f}% (on the test set), {hours:.0f} hours as projected",
-        (60 * hours, accuracy), xytext=(64, 8), textcoords="offset points", ha="right",
-    )  # fmt: skip
-    axes.set_xscale("log")
-    ticks = {1: "1 min", 10: "10 min", 60: "1 h", 600: "10 h", 6000: "100 h"}
-    axes.set_xticks(list(ticks), ticks.values())
-    axes.minorticks_off()
-    axes.set(xlabel="training time", ylabel="validation accuracy, %")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, loc="lower right")
+        validation.plot(hours, accuracy, "o-", color=color, markersize=3, label=label)
+        validation.annotate(
+            f"{accuracy[-1]:.2f}%\n{60 * hours[-1]:.0f} min", (hours[-1], accuracy[-1]),
+            xytext=(6, -4), textcoords="offset points", va="top", fontsize=9,
+        )  # fmt: skip
+    validation.set(title="while training", ylabel="validation accuracy, %")
+    validation.legend(frameon=False, loc="lower right")
+    for name, (hours, accuracy, note) in tested.items():
+        color = ORANGE if name == "tpsnet" else BLUE
+        test.plot(hours, accuracy, "s", color=color)
+        test.annotate(
+            f"{name} {accuracy:.2f}%\n{note}", (hours, accuracy), xytext=(-7, 0),
+            textcoords="offset points", ha="right", va="center", fontsize=9,
+        )  # fmt: skip
+    test.set(title="after the whole training", ylabel="test accuracy, %", ylim=(94, 97.2))
+    ticks = {1 / 60: "1 min", 1 / 6: "10 min", 1: "1 h", 10: "10 h", 100: "100 h"}
+    for axes, least in ((validation, 0.013), (test, 0.1)):
+        axes.set_xscale("log")
+        axes.set_xlim(left=least)
+        shown = {tick: text for tick, text in ticks.items() if tick >= least}
+        axes.set_xticks(list(shown), shown.values())
+        axes.minorticks_off()
+        axes.set(xlabel="training time on two CPU cores")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+    validation.set_xlim(right=4)
+    test.set_xlim(right=100)
     plots.save(figure, path)
 
 
 def beside_the_paper(
     ours: list[dict[str, float | None]], paper: list[dict[str, float]], path: str | Path
 ) -> None:
-    """Loss and accuracy on the training images, as seen while training, of TPSNet's two logs.
+    """Draw the loss and accuracy on the training images, as logged while TPSNet is trained.
 
     Args:
-        ours: log.csv of a run, as far as it is.
+        ours: log.csv of the first epochs of a run.
         paper: the authors' own log, a row per epoch.
     """
     figure = Figure(figsize=(8, 3.4), layout="constrained")
@@ -281,7 +291,7 @@ def beside_the_paper(
     for axes, (label, (theirs, name)) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         for rows, column, style, legend in (
             (paper, theirs, {"color": GREY}, f"the authors' log: {len(paper)} epochs"),
-            (ours, name, {"color": BLUE, "marker": "o"}, f"ours: {len(ours)} epochs so far"),
+            (ours, name, {"color": BLUE, "marker": "o"}, f"ours: {len(ours)} epochs"),
         ):
             epochs = range(1, len(rows) + 1)
             axes.plot(epochs, [row[column] for row in rows], markersize=3, label=legend, **style)
@@ -297,7 +307,7 @@ def beside_the_paper(
 
 
 def family(ours: list[dict], others: list[dict], path: str | Path) -> None:
-    """Test accuracy over parameters and over MACs: our released networks beside published ones.
+    """Draw test accuracy over parameters and MACs: our released networks beside published ones.
 
     Args:
         ours: a row per network, with its name as `network`, `num_params`, `macs` and `accuracy`.
@@ -307,9 +317,7 @@ def family(ours: list[dict], others: list[dict], path: str | Path) -> None:
     names = list(dict.fromkeys(row["family"] for row in others))
     styles = {name: (GREY, marker, "--") for name, marker in zip(names, "Dsv^", strict=False)}
     styles[names[0]] = (ORANGE, "D", "")
-    for axes, (cost, label) in zip(
-        figure.subplots(1, 2, sharey=True), plots.COSTS.items(), strict=True
-    ):
+    for axes, (cost, label) in zip(figure.subplots(1, 2, sharey=True), COSTS.items(), strict=True):
         for name, (color, marker, line) in styles.items():
             rows = [row for row in others if row["family"] == name]
             axes.plot(
@@ -319,9 +327,8 @@ def family(ours: list[dict], others: list[dict], path: str | Path) -> None:
         rows = sorted(ours, key=lambda row: row["accuracy"])
         x, y = [row[cost] / 1e6 for row in rows], [row["accuracy"] for row in rows]
         axes.plot(x, y, "o-", color=BLUE, label="this repository")
-        for i, (row, *place) in enumerate(zip(rows, x, y, strict=True)):
-            # Beside the rising line: above it, but for the first, which the axis is too near to.
-            where, side = ((-9, 2), "right") if i else ((9, -6), "left")
+        for row, *place in zip(rows, x, y, strict=True):
+            where, side = LABEL_PLACES.get((row["network"], cost), ((-9, 2), "right"))
             axes.annotate(
                 f"{row['network']} {row['accuracy']:.2f}", place, where, color=BLUE,
                 textcoords="offset points", ha=side, fontsize=9,
@@ -342,7 +349,7 @@ def family(ours: list[dict], others: list[dict], path: str | Path) -> None:
 
 
 def released() -> list[dict]:
-    """A row per released network for `family`, from what its model file says."""
+    """A row per released network for `family`, from the metadata of its model file."""
     rows = []
     for path in sorted(CHECKPOINTS.glob("*.safetensors")):
         model, info = load_model(path)
@@ -352,32 +359,42 @@ def released() -> list[dict]:
     return rows
 
 
-def main(_args: list[str]) -> None:
-    """Draw them all; the benchmark's only if there is a studies/benchmark.json."""
+def draw_all() -> None:
+    """Read all files, then draw the figures."""
     images, studies = Path("images"), Path("studies")
-    architecture(ResNet(), images / "architecture.png", "TPSNet: [13, 13, 13] blocks, C1 = 16")
-    measured = studies / "benchmark.json"
-    if measured.exists():
-        result = json.loads(measured.read_text(encoding="utf-8"))
-        if not result["scaling"]:
-            raise InputError(f"benchmark: {measured} is of --quick; measure again without it")
-        benchmark(result, images / "benchmark.png")
-    logs = [utils.read_csv(studies / f"fast/{name}-validation.csv") for name in ("fast", "tpsnet")]
-    networks = released()
-    accuracy = next(row["accuracy"] for row in networks if row["network"] == "best")
-    best = BEST_HOURS, accuracy
-    accuracy_over_time(*logs, epochs=300, published=94.84, best=best, path=images / "fast.png")
-    logs = [utils.read_csv(studies / f"tpsnet/{name}.csv") for name in ("log", "paper")]
-    beside_the_paper(*logs, images / "tpsnet.png")
-    family(networks, utils.read_csv(studies / "family.csv"), images / "family.png")
+    result = utils.read_json(studies / "benchmark.json")
+    if not result["scaling"]:
+        raise InputError("benchmark: studies/benchmark.json is of --quick; measure without it")
+    fast, tpsnet = (
+        utils.read_csv(studies / f"fast/{n}-validation.csv") for n in ("fast", "tpsnet")
+    )
+    log, paper = (utils.read_csv(studies / f"tpsnet/{name}.csv") for name in ("log", "paper"))
+    networks, others = released(), utils.read_csv(studies / "family.csv")
     rows = utils.read_csv(studies / "choices/trials.csv")
-    options = json.loads((studies / "choices/search.json").read_text(encoding="utf-8"))
+    options = utils.read_json(studies / "choices/search.json")
+
+    architecture(ResNet(), images / "architecture.png", "TPSNet: [13, 13, 13] blocks, C1 = 16")
+    benchmark(result, images / "benchmark.png")
+    best = next(row["accuracy"] for row in networks if row["network"] == "best")
+    hours = [sum(row["seconds"] for row in run) / 3600 for run in (fast, tpsnet)]
+    hours[1] *= TPSNET_EPOCHS / len(tpsnet)
+    tested = {
+        "fast": (hours[0], FAST_TEST, f"this run, {60 * hours[0]:.0f} min"),
+        "tpsnet": (hours[1], TPSNET_TEST, f"as published,\n{hours[1]:.0f} h as projected"),
+        "best": (BEST_HOURS, best, f"trained on a GPU,\n{BEST_HOURS:.0f} h as projected"),
+    }
+    accuracy_over_time(fast, tpsnet, tested, images / "fast.png")
+    beside_the_paper(log, paper, images / "tpsnet.png")
+    family(networks, others, images / "family.png")
     ended = sum(row["early_accuracy"] is not None for row in rows)
     caption = (
         f"{ended} trials, {options['epochs']} epochs of {50_000 - options['val_size']:,} images"
     )
-    plots.effects(rows, images, caption, options["max_params"])
+    effects(rows, images, caption, options["max_params"])
 
 
-if __name__ == "__main__":
-    script.run_script(main)
+def main(args: list[str]) -> None:
+    """Parse the command line, which has no option but -h, and draw the figures."""
+    import tyro
+
+    tyro.cli(draw_all, args=args, prog="python -m studies.figures", description=__doc__)

@@ -1,13 +1,20 @@
-"""What model.py's own layers save a training on a CPU with AMX: by layer, and in whole steps.
+"""How much time engine/layers.py saves a training on a CPU with AMX: by layer, and in whole steps.
 
     python -m studies.small_maps    # an idle CPU with AMX; ten minutes
 
-The limits in model.py (MatmulConv, convolve, FoldedBatchNorm) come from such layers; docs/fast.md
-has the result.
+Question: on which shapes are MatmulConv and FoldedBatchNorm faster than PyTorch's layers, and what
+does a training step gain from both? The limits in engine/layers.py come from such layers.
+
+Record: docs/fast.md has the tables, the answer and what the study cannot tell (commit 20350b2, two
+cores of an Intel Xeon with AMX, bfloat16, PyTorch 2.14.1, Python 3.11.7; medians of nine rounds).
 """
 
-import script
+if __name__ == "__main__":  # above the imports: a missing library or an old Python is one line
+    from engine.script import run_script
 
+    run_script("studies.small_maps")
+
+import contextlib
 import itertools
 import statistics
 import time
@@ -16,12 +23,13 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
-import benchmark
-import model
 from config import PRESETS
-from distributed import init_processes
+from data import train_batches
+from engine.distributed import init_processes
+from engine.layers import HAS_AMX, FasterLayers, FoldedBatchNorm, MatmulConv
 from learner import PROXY_INTERVAL, Learner, Proxy
-from train import epoch_batches
+from studies import contestants
+from studies.benchmark import machine, matmul_peak
 from utils import InputError
 
 ROUNDS = 9
@@ -44,8 +52,7 @@ TRAININGS = (("fast", 1), ("fast", 84), ("small", 84), ("tiny", 43))  # preset, 
 
 
 def layer_seconds(images: int, channels: int, filters: int, size: int) -> list[list[float]]:
-    """Of a 3x3 convolution and its gradients in each round, by oneDNN and by MatmulConv."""
-
+    """Seconds of a 3x3 convolution and its gradients in each round: oneDNN's and MatmulConv's."""
     x = noise(images, channels, size, size).requires_grad_()
     weight = noise(filters, channels, 3, 3).requires_grad_()
     grad = noise(images, filters, size, size)
@@ -55,12 +62,12 @@ def layer_seconds(images: int, channels: int, filters: int, size: int) -> list[l
 
     return by_turns(
         lambda: both_ways(lambda x, weight: F.conv2d(x, weight, padding=1)),
-        lambda: both_ways(model.MatmulConv.apply),
+        lambda: both_ways(MatmulConv.apply),
     )
 
 
 def norm_seconds(images: int, channels: int, size: int) -> list[list[float]]:
-    """Of a batch normalisation and its gradients in each round, PyTorch's and FoldedBatchNorm."""
+    """Seconds of batch normalization and its gradients: PyTorch's and FoldedBatchNorm's."""
     x, grad = (noise(images, channels, size, size) for _ in range(2))
     weight, bias = torch.ones(channels), torch.zeros(channels)
     for leaf in (x, weight, bias):
@@ -71,7 +78,7 @@ def norm_seconds(images: int, channels: int, size: int) -> list[list[float]]:
 
     return by_turns(
         lambda: both_ways(lambda x, *affine: F.batch_norm(x, None, None, *affine, True)),
-        lambda: both_ways(lambda *inputs: model.FoldedBatchNorm.apply(*inputs, 1e-5)[0]),
+        lambda: both_ways(lambda *inputs: FoldedBatchNorm.apply(*inputs, 1e-5)[0]),
     )
 
 
@@ -81,27 +88,24 @@ def noise(*shape: int) -> torch.Tensor:
 
 
 def step_seconds(preset: str, epoch: int) -> list[list[float]]:
-    """Of a training step in each round, by PyTorch's layers alone and as train.py does it."""
-    config, data = PRESETS[preset], benchmark.noise(50_000)
-    # So many steps per epoch that the learning rate hardly falls in a measurement.
-    parts = (config, data, init_processes(), 10_000)
-    learner, steps = Learner(*parts), 1
+    """Seconds of a training step in each round: by PyTorch's layers, and as train.py does it."""
+    config, data, device = PRESETS[preset], contestants.noise(50_000), init_processes()
+    learner, proxy, num_steps = Learner(config, data, device), None, 1
     batches = itertools.chain.from_iterable(
-        epoch_batches(config, data, epoch, 0, 10_000) for _ in itertools.count()
+        train_batches(data, config, epoch) for _ in itertools.count()
     )
     if config.keep_fraction < 1:
-        batches, steps = Proxy(*parts).hardest(batches), PROXY_INTERVAL
+        proxy, num_steps = Proxy(config, data, device), PROXY_INTERVAL
+        batches = proxy.hardest(batches)
 
-    channels = model.FOLDED_CHANNELS
-
-    def train(own_layers: bool) -> None:
-        model.HAS_AMX = own_layers
-        model.FOLDED_CHANNELS = channels if own_layers else ()
-        for batch in itertools.islice(batches, steps):
+    def train(layers: contextlib.AbstractContextManager) -> None:
+        for one in (learner, proxy.learner) if proxy else (learner,):
+            one.faster_layers = layers
+        for batch in itertools.islice(batches, num_steps):
             learner.step(*batch)
 
-    rounds = by_turns(lambda: train(own_layers=False), lambda: train(own_layers=True))
-    return [[seconds / steps for seconds in times] for times in rounds]
+    rounds = by_turns(lambda: train(contextlib.nullcontext()), lambda: train(FasterLayers()))
+    return [[seconds / num_steps for seconds in times] for times in rounds]
 
 
 def by_turns(*actions: Callable[[], None]) -> list[list[float]]:
@@ -116,25 +120,25 @@ def by_turns(*actions: Callable[[], None]) -> list[list[float]]:
 
 
 def print_row(label: str, times: list[list[float]]) -> None:
-    """Median milliseconds of both, and the median, smallest and largest of the rounds' ratios."""
+    """Print the median times, and the median, smallest and largest of the rounds' ratios."""
     before, after = (f"{1000 * statistics.median(spent):,.0f} ms" for spent in times)
     ratios = [old / new for old, new in zip(*times, strict=True)]
     ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
     print(f"| {label} | {before} | {after} | {ratio} |", flush=True)
 
 
-def main(_args: list[str]) -> None:
+def study() -> None:
     """Measure and print both tables."""
-    if not model.HAS_AMX:
+    if not HAS_AMX:
         raise InputError("machine: this CPU has no AMX; run it on one that has, as newer Xeons do")
     device = init_processes()
-    peak = benchmark.matmul_peak(torch.bfloat16, device) / 1e9
-    print(f"{benchmark.machine(device)}\nmatmul peak: {peak:,.0f} GFLOP/s in bfloat16\n")
+    peak = matmul_peak(torch.bfloat16, device) / 1e9
+    print(f"{machine(device)}\nmatmul peak: {peak:,.0f} GFLOP/s in bfloat16\n")
     print("| 3x3 convolution and its gradients | oneDNN | MatmulConv | ratio |\n|---|---|---|---|")
     for images, channels, filters, size in LAYERS:
         label = f"{images:,} images of {size}x{size} pixels, {channels} to {filters} channels"
         print_row(label, layer_seconds(images, channels, filters, size))
-    print("\n| batch normalisation and its gradients | PyTorch | FoldedBatchNorm | ratio |")
+    print("\n| batch normalization and its gradients | PyTorch | FoldedBatchNorm | ratio |")
     print("|---|---|---|---|")
     for images, channels, size in NORMS:
         label = f"{images:,} images of {size}x{size} pixels, {channels} channels"
@@ -144,5 +148,8 @@ def main(_args: list[str]) -> None:
         print_row(f"`{preset}`, epoch {epoch}", step_seconds(preset, epoch))
 
 
-if __name__ == "__main__":
-    script.run_script(main)
+def main(args: list[str]) -> None:
+    """Parse the command line, which has no option but -h, and run the study."""
+    import tyro
+
+    tyro.cli(study, args=args, prog="python -m studies.small_maps", description=__doc__)

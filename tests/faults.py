@@ -1,6 +1,6 @@
 """Kill trainings and damage their files at random, and see whether anything is lost.
 
-    python tests/faults.py  # 200 of each, but 20 silences
+    python tests/faults.py  # 200 of each
 
 A kill is SIGKILL at a random instant, or just before a random access to a file of the run, so that
 every gap in a save is met; every third run is killed again while it goes on. What is resumed must
@@ -13,9 +13,7 @@ state saved, and the status that it has by convention; what is resumed must be t
 A corruption flips a bit of a saved file, cuts it off, zeroes a range or swaps two. It must be
 noticed or make no difference. Whatever happens is one line of text, never a traceback.
 
-A damaged search (damaged_search.py) must keep every row that an undamaged file tells. A silence is
-that of a Weights & Biases server in mid-training: the run must end in time, with what it has
-without one, and go on after a signal.
+A damaged search (damaged_search.py) must keep every trial whose file is undamaged.
 
 Each training is a fork of this process, so that PyTorch is loaded once.
 """
@@ -31,30 +29,24 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
-# The first ones are loaded here, so that no fork has to.
-import matplotlib.pyplot  # noqa: F401
 import torch
-import torch._dynamo
+import torch._dynamo  # which the first optimizer loads: here, so that no fork has to
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import script  # noqa: E402
-
-from damaged_search import damage_rounds  # noqa: E402
-from silent_wandb import environment, wandb_server  # noqa: E402
-
-import checkpoint  # noqa: E402
-import distributed  # noqa: E402
-import metrics  # noqa: E402
-import train  # noqa: E402
-import utils  # noqa: E402
-from config import CHECKPOINTS, PRESETS, Config  # noqa: E402
-from weights import load_model  # noqa: E402
+import train
+import utils
+from config import CHECKPOINTS, PRESETS, Config
+from data import Dataset, load_dataset
+from engine import checkpoint
+from engine.checkpoint import load_model
+from engine.script import StopSignals, run_script
 
 TINY = replace(
     PRESETS["demo"],
@@ -99,13 +91,11 @@ def main() -> int:
     parser.add_argument("--signals", type=int, default=200)
     parser.add_argument("--corruptions", type=int, default=200)
     parser.add_argument("--searches", type=int, default=200)
-    parser.add_argument("--silences", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)  # before any operation: a pool of threads does not survive a fork
-    train.load_dataset = functools.cache(train.load_dataset)
-    train.load_dataset(TINY.dataset, TINY.data_dir, TINY.val_size, TINY.download, TINY.train_size)
     utils.git_commit()
+
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
@@ -114,7 +104,6 @@ def main() -> int:
         lost += signal_all(whole, args.signals, rng)
         lost += corrupt_all(whole, args.corruptions, rng)
         lost += damage_searches(args.searches, args.seed)
-        lost += silence_all(whole, args.silences, rng)
     return 1 if lost else 0
 
 
@@ -122,31 +111,38 @@ def main() -> int:
 
 
 class Fork:
-    """A training in a process of its own, killed before its `fatal`-th access to its folder."""
+    """`python train.py` in a fork of this process, for a configuration.
 
-    def __init__(self, config: Config, fatal: int = 0) -> None:
+    Args:
+        moments: signals that it sends itself, by (path, n): just before a file whose path ends like
+            this is renamed into its place for the n-th time; of "", before the n-th access of any
+            kind to a file of a run.
+    """
+
+    def __init__(self, config: Config, moments: dict[tuple[str, int], int] | None = None) -> None:
         self.output = Path("output.txt")
+        load(config.dataset, config.val_size)
         sys.stdout.flush()  # or the fork would print it again
         self.pid = os.fork()
         if self.pid:
             return
-        status = 1
         try:
+            torch.set_num_threads(1)  # a pool of threads does not survive a fork
             with self.output.open("w") as file:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
-            accesses = count_accesses(config.name, fatal)
-            sys.argv = ["train.py"]
-            script.run_script(lambda _: train.train(config))
-            Path("accesses").write_text(str(accesses[0]))
-            status = 0
+            sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
+            accesses = watch_accesses(moments or {})
+            sys.modules["forked"] = SimpleNamespace(main=lambda _: run(config))
+            run_script("forked")
         except SystemExit as stop:
-            status = stop.code
+            if stop.code == 0:
+                Path("accesses").write_text(str(accesses[""]))
+            os._exit(stop.code)
         except BaseException:  # as the interpreter would, but that a fork must not go on from here
             sys.excepthook(*sys.exc_info())
         finally:
-            sys.stdout.flush()
-            os._exit(status)
+            os._exit(1)
 
     def wait(self, seconds: float = 0, number: int = signal.SIGKILL) -> int:
         """Signal it after so many seconds, if given; its exit status, negative for a signal."""
@@ -161,17 +157,36 @@ class Fork:
         return self.output.read_text().splitlines()
 
 
-def count_accesses(name: str, fatal: int) -> list[int]:
-    """Count openings, renamings and removals below the run folder; the `fatal`-th one kills."""
-    count, folder = [0], str(CHECKPOINTS / name)
+@functools.cache
+def load(dataset: str, val_size: int) -> Dataset:
+    """Load a data set, once for all forks."""
+    return load_dataset(Config(dataset=dataset, val_size=val_size))
+
+
+def run(config: Config) -> None:
+    """Train what a configuration asks for."""
+    if config.seeds > 1:
+        train.train_seeds(config)
+    else:
+        train.train(config, load(config.dataset, config.val_size))
+
+
+def watch_accesses(moments: dict[tuple[str, int], int]) -> Counter:
+    """Count openings, renamings and removals below the run folders; see `Fork`."""
+    count = Counter()
+    endings = {ending for ending, _ in moments} | {""}
 
     def hook(event: str, args: tuple) -> None:
-        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"):
-            if folder not in str(args[0]):
-                return
-            count[0] += 1
-            if count[0] == fatal:
-                os.kill(os.getpid(), signal.SIGKILL)
+        if event not in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"):
+            return
+        path = str(args[event == "os.rename"])  # of a renaming, the new one
+        if CHECKPOINTS.name not in path:
+            return
+        for ending in endings if event == "os.rename" else [""]:
+            if path.endswith(ending):
+                count[ending] += 1
+                if number := moments.get((ending, count[ending])):
+                    os.kill(os.getpid(), number)
 
     sys.addaudithook(hook)
     return count
@@ -250,7 +265,9 @@ def killed(one: Whole, rng: random.Random) -> bool:
     config = replace(one.config, resume=has_state(one.config))
     if rng.random() < 0.5:
         return Fork(config).wait(rng.uniform(0.01, one.seconds)) == -signal.SIGKILL
-    return Fork(config, fatal=rng.randint(1, one.accesses)).wait() == -signal.SIGKILL
+    return (
+        Fork(config, {("", rng.randint(1, one.accesses)): signal.SIGKILL}).wait() == -signal.SIGKILL
+    )
 
 
 def resumes_to_the_same(one: Whole) -> tuple[bool, bool]:
@@ -265,7 +282,8 @@ def resumes_to_the_same(one: Whole) -> tuple[bool, bool]:
 
 def has_state(config: Config) -> bool:
     """Whether there is something to resume."""
-    return checkpoint.has_state(CHECKPOINTS / config.name)
+    folder = CHECKPOINTS / config.name
+    return any((folder / name).exists() for name in ("last.pt", checkpoint.PREVIOUS))
 
 
 def is_silent(fork: Fork) -> bool:
@@ -283,7 +301,7 @@ def signal_all(whole: list[Whole], number: int, rng: random.Random) -> int:
     for trial in tqdm(range(number), desc="signals", disable=None):
         one = whole[trial % len(whole)]
         shutil.rmtree("checkpoints", ignore_errors=True)
-        name = rng.choice(distributed.StopSignals.NAMES)
+        name = rng.choice(StopSignals.NAMES)
         fork, sent = Fork(one.config), getattr(signal, name)
         status = fork.wait(rng.uniform(0.01, one.seconds), sent)
         said = "\n".join(["", *fork.lines])
@@ -332,7 +350,7 @@ def half_done(one: Whole, folder: Path) -> Path:
     """Kill a training in its last third; `folder`, in which it then is with all its files."""
     for fatal in range(one.accesses * 2 // 3, one.accesses):
         shutil.rmtree("checkpoints", ignore_errors=True)
-        assert Fork(one.config, fatal).wait() == -signal.SIGKILL
+        assert Fork(one.config, {("", fatal): signal.SIGKILL}).wait() == -signal.SIGKILL
         if all((CHECKPOINTS / one.config.name / name).exists() for name in FILES):
             break
     return Path(shutil.move("checkpoints", folder))
@@ -392,44 +410,20 @@ def load_digestible(path: Path) -> tuple[dict, dict]:
     return model.state_dict(), info
 
 
-# ---------------------------------------------------------------- searches, and W&B's silence
+# ---------------------------------------------------------------- searches
 
 
 def damage_searches(number: int, seed: int) -> int:
     """Damage so many searches; returns how many lost a row."""
+    if not number:
+        return 0
+    from damaged_search import damage_rounds
+
     results = damage_rounds(number, seed)
     kept = results.pop("nothing lost", 0)
     print(*(f"lost: {what}" for what in results), sep="\n", end="\n" if results else "")
     print(f"damaged searches {number}: rows kept {kept}, lost {number - kept}")
     return number - kept
-
-
-def silence_all(whole: list[Whole], number: int, rng: random.Random) -> int:
-    """Train beside a silent server so many times, with a signal in every other one."""
-    metrics.FINISH_SECONDS, right = 1, 0
-    for trial in tqdm(range(number), desc="silences", disable=None):
-        one = whole[trial % len(whole)]
-        shutil.rmtree("checkpoints", ignore_errors=True)
-        with wandb_server("once a run has started") as server:
-            os.environ.update(environment(server))
-            start, fork = time.monotonic(), Fork(replace(one.config, wandb="online"))
-            status = fork.wait(rng.uniform(0.5, 3) if trial % 2 else 0, signal.SIGTERM)
-            took = time.monotonic() - start
-        warned = [
-            line for line in fork.lines if line.startswith("warning: wandb: not all was sent")
-        ]
-        fine = took < 60 and status in (0, 128 + signal.SIGTERM, -signal.SIGTERM)
-        if status == 0:
-            fine &= len(warned) == 1
-        else:
-            Fork(replace(one.config, resume=True)).wait()
-        found = result(one.config)  # but for what tells of W&B
-        if fine and all(found[name] == one.result[name] for name in ("weights", "log")):
-            right += 1
-        else:
-            print(f"wrong: exit status {status} after {took:.1f} s", *fork.lines, sep="\n  ")
-    print(f"silences {number}: right {right}, wrong {number - right}")
-    return number - right
 
 
 if __name__ == "__main__":

@@ -8,10 +8,11 @@ import torch
 from conftest import ROOT, run
 from PIL import Image
 
+from config import Config
 from data import load_dataset
-from metrics import evaluate, score
+from engine.checkpoint import load_model
+from engine.evaluate import classify, evaluate
 from utils import read_csv
-from weights import load_model
 
 DATA = ROOT / "data"
 RELEASED = sorted((ROOT / "checkpoints").glob("*.safetensors"))
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.cifar10
 
 @pytest.fixture(scope="module")
 def cifar10():
-    return load_dataset("cifar10", DATA, download=False)
+    return load_dataset(Config(data_dir=str(DATA), download=False))
 
 
 def test_it_is_cifar10(cifar10):
@@ -41,7 +42,7 @@ def test_mean_and_std_are_the_data_sets(cifar10):
 
 
 def test_validation_split(cifar10):
-    split = load_dataset("cifar10", DATA, val_size=5000, download=False)
+    split = load_dataset(Config(data_dir=str(DATA), val_size=5000, download=False))
     assert split.train.labels.bincount().tolist() == [4500] * 10
     assert split.val.labels.bincount().tolist() == [500] * 10
     assert torch.equal(split.test.images, cifar10.test.images)
@@ -65,9 +66,8 @@ def test_rehearsal_goes_through_every_stage_to_a_tested_checkpoint():
 def test_released_weights_classify_as_well_as_they_claim(path, cifar10):
     """On a tenth of the test set, where three points are four standard errors."""
     model, info = load_model(path)
-    part = cifar10.test[::10]
-    logits = evaluate(model, part.images, cifar10.normalize)
-    assert abs(score(logits, part.labels).accuracy - info["accuracy"]["test"]) < 3
+    found = evaluate(model, cifar10.test[::10], cifar10.normalize)
+    assert abs(found.accuracy - info["accuracy"]["test"]) < 3
 
 
 @pytest.mark.parametrize("path", RELEASED, ids=lambda path: path.stem)
@@ -81,7 +81,7 @@ def test_pictures_in_files_get_the_same_answers(path, cifar10):
         Image.fromarray(image).save(f"photos/{i:04}.png")
     told = run("predict.py", "photos", "--checkpoint", path, "--top", "1", "--csv", "a.csv")
     assert told.returncode == 0, told.stderr
-    predicted = evaluate(model, images, cifar10.normalize).argmax(1).tolist()
+    predicted = classify(model, images, cifar10.normalize).argmax(1).tolist()
     assert [row["class_1"] for row in read_csv("a.csv")] == [
         info["class_names"][label] for label in predicted
     ]

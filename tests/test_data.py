@@ -2,21 +2,37 @@ import hashlib
 import pickle
 import tarfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import Bomb
+from PIL import Image
+from torchvision.transforms import v2
 
+import augment
 import data
-from data import load_dataset
-from utils import InputError
+from config import PRESETS, Config
+from data import Split, load_dataset, train_batches
+from utils import InputError, generator
+
+DIGITS = PRESETS["demo"]
+PLAIN = Config(crop_padding=0, rotation_degrees=0.0, flip="none")
+
+
+def cifar10(folder, **options):
+    """CIFAR-10 in a folder, if it is there."""
+    changes = {name: options.pop(name) for name in ("val_size", "download") if name in options}
+    return load_dataset(Config(data_dir=str(folder), **{"download": False} | changes), **options)
+
 
 # ---------------------------------------------------------------- digits, validation split
 
 
 def test_digits_are_all_there_stratified_and_readable():
-    digits = load_dataset("digits")
+    digits = load_dataset(DIGITS)
     assert (len(digits.train), len(digits.val), len(digits.test)) == (1438, 0, 359)
     shares = digits.test.labels.bincount() / (digits.train.labels.bincount() * 1.0)
     assert (shares - 0.25).abs().max() < 0.01
@@ -26,20 +42,20 @@ def test_digits_are_all_there_stratified_and_readable():
 
 
 def test_validation_split_is_stratified_disjoint_and_the_same_for_everyone():
-    digits = load_dataset("digits")
-    split = load_dataset("digits", val_size=300)
+    digits = load_dataset(DIGITS)
+    split = load_dataset(replace(DIGITS, val_size=300))
     assert (len(split.train), len(split.val), len(split.test)) == (1138, 300, 359)
     together = torch.cat([split.train.images, split.val.images]).flatten(1)
     assert torch.equal(together.unique(dim=0), digits.train.images.flatten(1).unique(dim=0))
     shares = split.val.labels.bincount() / digits.train.labels.bincount()
     assert (shares - 300 / 1438).abs().max() < 0.01
-    assert torch.equal(split.val.images, load_dataset("digits", val_size=300).val.images)
+    assert torch.equal(split.val.images, load_dataset(replace(DIGITS, val_size=300)).val.images)
     assert split.fingerprint == digits.fingerprint
 
 
 def test_fewer_training_images_are_stratified_and_leave_the_other_splits_alone():
-    whole = load_dataset("digits", val_size=300)
-    few = load_dataset("digits", val_size=300, train_size=400)
+    whole = load_dataset(replace(DIGITS, val_size=300))
+    few = load_dataset(replace(DIGITS, val_size=300, train_size=400))
     assert torch.equal(few.val.images, whole.val.images)
     assert torch.equal(few.test.images, whole.test.images)
     assert len(few.train) == 400
@@ -47,20 +63,20 @@ def test_fewer_training_images_are_stratified_and_leave_the_other_splits_alone()
     assert {image.numpy().tobytes() for image in few.train.images} <= pool
     shares = few.train.labels.bincount() / whole.train.labels.bincount()
     assert (shares - 400 / 1138).abs().max() < 0.01
-    assert load_dataset("digits", train_size=1438).train.images.shape[0] == 1438
+    assert load_dataset(replace(DIGITS, train_size=1438)).train.images.shape[0] == 1438
 
 
 @pytest.mark.parametrize("size", [1, 9, 1429, 5000])
 def test_validation_split_that_cannot_be_stratified_is_refused(size):
     with pytest.raises(InputError, match=f"val_size: {size} .* use 0, or 10 to 1,428"):
-        load_dataset("digits", val_size=size)
+        load_dataset(replace(DIGITS, val_size=size))
 
 
 # ---------------------------------------------------------------- CIFAR-10
 
 
 def test_binary_layout_is_read_whole_and_a_foreign_copy_is_noted(cifar10_bin, capsys):
-    dataset = load_dataset("cifar10", cifar10_bin)
+    dataset = cifar10(cifar10_bin)
     assert (len(dataset.train), len(dataset.test)) == (50_000, 10_000)
     record = np.fromfile(cifar10_bin / data.BINARY_FOLDER / "data_batch_3.bin", np.uint8)
     record = record.reshape(-1, 3073)[1234]
@@ -70,19 +86,6 @@ def test_binary_layout_is_read_whole_and_a_foreign_copy_is_noted(cifar10_bin, ca
     warning = capsys.readouterr().err
     assert warning.count("\n") == 1
     assert "6 of 6 files differ from the official" in warning
-
-
-def test_a_tilde_is_the_home_folder(cifar10_bin, monkeypatch):
-    monkeypatch.setenv("HOME", str(cifar10_bin))
-    assert len(data.load_dataset("cifar10", "~", download=False).test) == 10_000
-
-
-def test_a_file_with_the_official_sha1_is_not_noted(cifar10_bin, capsys, monkeypatch):
-    folder = cifar10_bin / data.BINARY_FOLDER
-    sha1 = {n: hashlib.sha1((folder / n).read_bytes()).hexdigest() for n in data.BINARY_SHA1}
-    monkeypatch.setattr(data, "BINARY_SHA1", sha1)
-    assert load_dataset("cifar10", cifar10_bin).unofficial == ()
-    assert capsys.readouterr().err == ""
 
 
 @pytest.fixture
@@ -118,40 +121,50 @@ def tiny_cifar10(monkeypatch, tmp_path):
 
 
 def test_archive_and_binary_layout_are_the_same_data(tiny_cifar10):
-    archive, binary = (load_dataset("cifar10", folder) for folder in tiny_cifar10)
+    archive, binary = (cifar10(folder) for folder in tiny_cifar10)
     assert torch.equal(archive.train.images, binary.train.images)
     assert torch.equal(archive.test.labels, binary.test.labels)
     assert archive.fingerprint == binary.fingerprint
     changed = replace(binary.test, labels=(binary.test.labels + 1) % 10)
-    assert data.fingerprints(binary.train, binary.test)[-1] == binary.fingerprint
-    assert data.fingerprints(binary.train, changed)[-1] != binary.fingerprint
+    assert data.fingerprint(binary.train, binary.test) == binary.fingerprint
+    assert data.fingerprint(binary.train, changed) != binary.fingerprint
+
+
+def test_a_tilde_is_the_home_folder_and_official_files_are_not_noted(
+    tiny_cifar10, monkeypatch, capsys
+):
+    _, binary = tiny_cifar10
+    files = [binary / data.BINARY_FOLDER / name for name in data.BINARY_SHA1]
+    sha1 = {path.name: hashlib.sha1(path.read_bytes()).hexdigest() for path in files}
+    monkeypatch.setattr(data, "BINARY_SHA1", sha1)
+    monkeypatch.setenv("HOME", str(binary))
+    assert cifar10("~").unofficial == ()
+    assert capsys.readouterr().err == ""
 
 
 def test_without_test_images_the_rest_is_the_same_and_their_file_is_not_read(tiny_cifar10):
     archive, binary = tiny_cifar10
-    whole = load_dataset("cifar10", binary, val_size=20)
+    whole = cifar10(binary, val_size=20)
     (binary / data.BINARY_FOLDER / "test_batch.bin").unlink()
     for folder in (archive, binary):
-        found = load_dataset("cifar10", folder, val_size=20, test=False)
+        found = cifar10(folder, val_size=20, test=False)
         assert (len(found.train), len(found.val), len(found.test)) == (80, 20, 0)
         assert torch.equal(found.val.images, whole.val.images)
-        assert found.fingerprint != whole.fingerprint
-        assert whole.is_known_as(found.fingerprint)  # the same images, as far as that run read any
-        assert not found.is_known_as(whole.fingerprint)
-    digits = load_dataset("digits", test=False)
+        assert found.fingerprint != whole.fingerprint  # which is of all images that were read
+    digits = load_dataset(DIGITS, test=False)
     assert len(digits.test) == 0
-    assert torch.equal(digits.train.labels, load_dataset("digits").train.labels)
+    assert torch.equal(digits.train.labels, load_dataset(DIGITS).train.labels)
 
 
 def test_archive_that_was_put_there_is_unpacked_without_a_download(tiny_cifar10):
     folder, _ = tiny_cifar10
     for file in (folder / "cifar-10-batches-py").iterdir():
         file.unlink()
-    assert len(load_dataset("cifar10", folder, download=False).train) == 100
+    assert len(cifar10(folder).train) == 100
 
 
 @pytest.mark.parametrize("download", [False, True])
-@pytest.mark.parametrize("damage", ["missing", "truncated", "foreign"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "hostile"])
 def test_without_a_sound_archive_one_line_says_what_to_do(tiny_cifar10, tmp_path, download, damage):
     folder, _ = tiny_cifar10
     if damage == "missing":
@@ -159,15 +172,16 @@ def test_without_a_sound_archive_one_line_says_what_to_do(tiny_cifar10, tmp_path
     else:
         batch = folder / "cifar-10-batches-py" / "data_batch_2"
         content = batch.read_bytes()
-        batch.write_bytes(content[:100] if damage == "truncated" else content[::-1])
+        batch.write_bytes(content[:100] if damage == "truncated" else pickle.dumps(Bomb()))
         (folder / "cifar-10-python.tar.gz").unlink()
     with pytest.raises(InputError) as error:
-        load_dataset("cifar10", folder, download=download)
+        cifar10(folder, download=download)
     message = str(error.value)
     assert message.startswith(f"data_dir: no CIFAR-10 in {folder} (")
     assert "\n" not in message
     assert "put cifar-10-python.tar.gz" in message
     assert "train.py demo" in message
+    assert not Path("bomb_went_off").exists()
     if damage == "missing":
         assert not folder.exists()
 
@@ -195,7 +209,7 @@ def test_damaged_binary_file_is_refused_by_name(tiny_cifar10, how):
     path = folder / data.BINARY_FOLDER / "data_batch_4.bin"
     path.unlink() if how == "missing" else damaged(path, how)
     with pytest.raises(InputError, match=r"^data_dir: .*data_batch_4\.bin") as error:
-        load_dataset("cifar10", folder)
+        cifar10(folder)
     assert "unpack" in str(error.value)
     if how == "label":
         assert "record 5: label 10" in str(error.value)
@@ -203,4 +217,101 @@ def test_damaged_binary_file_is_refused_by_name(tiny_cifar10, how):
 
 def test_unknown_dataset_is_refused():
     with pytest.raises(InputError, match="dataset: 'mnist' is not one of cifar10, digits"):
-        load_dataset("mnist")
+        load_dataset(replace(DIGITS, dataset="mnist"))
+
+
+# ---------------------------------------------------------------- batches
+
+
+def labeled_by_position(num_images):
+    """A data set in which every image shows its own number, which is also its label."""
+    numbers = torch.arange(num_images)
+    pixels = numbers.to(torch.uint8)[:, None, None, None].expand(-1, 3, 32, 32)
+    split = Split(pixels, numbers)
+    return data.Dataset("toy", ("a",), (0, 0, 0), (1 / 255,) * 3, split, split[:0], split, "")
+
+
+def test_batches_hold_what_auto_augment_made_of_the_whole_epochs_images():
+    toy, config = labeled_by_position(50), replace(PLAIN, auto_augment=True, seed=5, batch_size=40)
+    for epoch in (1, 2):
+        changed = augment.auto_augment(toy.train.images, *augment.draw_pairs(50, 5, epoch))
+        assert not torch.equal(changed, toy.train.images)
+        for images, labels, _ in train_batches(toy, config, epoch):
+            assert torch.equal(images, toy.normalize(changed[labels] / 255))
+
+
+def test_an_epoch_visits_every_image_once_in_an_order_of_its_own():
+    toy, orders = labeled_by_position(100), []
+    for seed, epoch in ((0, 1), (0, 2), (1, 1)):
+        batches = list(train_batches(toy, replace(PLAIN, seed=seed, batch_size=32), epoch))
+        assert [size for _, _, size in batches] == [32, 32, 32, 4]
+        labels = torch.cat([labels for _, labels, _ in batches])
+        shown = torch.cat([images[:, 0, 0, 0] for images, _, _ in batches])
+        torch.testing.assert_close(shown, labels.float())
+        assert sorted(labels.tolist()) == list(range(100))
+        orders.append(labels.tolist())
+    assert orders[0] != orders[1]
+    assert orders[0] != orders[2]
+
+
+def test_batches_are_a_pure_function_of_seed_epoch_and_step():
+    toy = labeled_by_position(100)
+    config = Config(batch_size=40, seed=3, rotation_degrees=30.0)
+    first = list(train_batches(toy, config, epoch=7))
+    torch.manual_seed(123)
+    again = list(train_batches(toy, config, epoch=7))
+    rest = list(train_batches(toy, config, epoch=7, first_step=1))
+    for one, other in zip([*first, *first[1:]], [*again, *rest], strict=True):
+        assert torch.equal(one[0], other[0])
+        assert torch.equal(one[1], other[1])
+    assert not torch.equal(first[0][0], next(train_batches(toy, config, epoch=8))[0])
+    assert list(train_batches(toy, config, epoch=7, first_step=3)) == []  # resumed at its end
+
+
+def test_rehearsal_ends_after_so_many_steps():
+    config = replace(PLAIN, batch_size=32, max_steps_per_epoch=2)
+    assert [n for *_, n in train_batches(labeled_by_position(100), config, 1)] == [32, 32]
+
+
+def test_every_image_is_augmented_by_draws_of_its_own():
+    """One picture, a hundred times: in no batch, epoch or seed is it augmented as in another."""
+    picture = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8, generator=generator(0))
+    toy = labeled_by_position(100)
+    toy = replace(toy, train=replace(toy.train, images=picture.expand(100, -1, -1, -1)))
+    strong = Config(rotation_degrees=180.0, batch_size=25)
+    views = set()
+    for seed in range(3):
+        for epoch in range(4):
+            for images, _, _ in train_batches(toy, replace(strong, seed=seed), epoch):
+                views |= {image.numpy().tobytes() for image in images}
+    assert len(views) > 0.99 * 3 * 4 * 100
+
+
+def test_small_batches_are_the_center_of_the_whole_ones_or_what_pillow_makes_of_them():
+    toy = labeled_by_position(100)
+    config = Config(small_fraction=0.5, padding_mode="reflect", cutout_size=8, epochs=2)
+    whole, labels, _ = next(train_batches(toy, replace(config, small_fraction=0.0), 1))
+    cropped, same_labels, _ = next(train_batches(toy, config, 1))
+    assert torch.equal(cropped, whole[:, :, 2:30, 2:30])
+    assert torch.equal(labels, same_labels)
+    assert next(train_batches(toy, config, 2))[0].shape[-1] == 32
+    config = replace(config, small_images="scale", small_size=24)
+    scaled, same_labels, _ = next(train_batches(toy, config, 1))
+    assert torch.equal(labels, same_labels)
+    for image, small in zip(whole[:20, 0], scaled[:20, 0], strict=True):
+        expected = Image.fromarray(image.numpy()).resize((24, 24), Image.Resampling.BILINEAR)
+        assert np.allclose(small, np.asarray(expected), atol=1e-4)
+
+
+def test_evaluated_batches_are_the_images_in_order_normalized():
+    images = torch.randint(0, 256, (1100, 3, 32, 32), dtype=torch.uint8, generator=generator(0))
+    normalize = data.Normalize((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+    batches = list(data.eval_batches(images, normalize))
+    assert [len(batch) for batch in batches] == [500, 500, 100]
+    expected = v2.functional.normalize(images / 255, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+    torch.testing.assert_close(torch.cat(batches), expected)
+    assert normalize.state_dict() == {}  # nothing that a checkpoint would have to hold
+    digits = load_dataset(DIGITS)
+    pixels = digits.normalize(digits.train.images / 255)
+    assert pixels.mean().abs() < 1e-3
+    assert (pixels.std() - 1).abs() < 1e-3

@@ -1,18 +1,13 @@
-import json
-import re
-from pathlib import Path
+"""The figures of a run and of a test are drawn; what they show is seen by looking."""
 
 import numpy as np
 import pytest
-from conftest import ROOT
+import torch
+from PIL import Image
 
-import plots
-import utils
-from config import PRESETS
-from metrics import Calibration, Score
-from model import MAX_PARAMS, Architecture, ResNet, model_cost
-from studies import figures as readme
-from utils import InputError
+from engine import plots
+from engine.evaluate import calibrate
+from utils import generator
 
 
 @pytest.fixture
@@ -20,302 +15,42 @@ def blank_figures():
     """Here they are rendered."""
 
 
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that were saved."""
-    saved = []
-    monkeypatch.setattr(plots, "save", lambda figure, path: saved.append(figure))
-    return saved
-
-
 def log(epochs, val):
     return [
         {
-            "epoch": i + 1,
-            "train_loss": 2.0 / (i + 1),
-            "train_accuracy": 10.0 * i,
-            "val_loss": 3.0 / (i + 1) if val else None,
-            "val_accuracy": 9.0 * i if val else None,
+            "epoch": epoch,
+            "train_loss": 2.0 / epoch,
+            "train_accuracy": 10.0 * epoch,
+            "val_loss": 3.0 / epoch if val else None,
+            "val_accuracy": 9.0 * epoch if val else None,
         }
-        for i in range(epochs)
+        for epoch in range(1, epochs + 1)
     ]
 
 
-@pytest.mark.parametrize("val", [False, True])
-def test_learning_curves_show_the_log(figures, val):
-    rows = log(5, val)
-    plots.learning_curves(rows, "curves.png", "a run")
-    for axes, name in zip(figures[0].axes, ("loss", "accuracy"), strict=True):
-        splits = ["train", "val"] if val else ["train"]
-        assert len(axes.lines) == len(splits)
-        for line, split in zip(axes.lines, splits, strict=True):
-            assert list(line.get_xdata()) == [1, 2, 3, 4, 5]
-            assert list(line.get_ydata()) == [row[f"{split}_{name}"] for row in rows]
-        assert [text.get_text().split()[0] for text in axes.get_legend().get_texts()] == [
-            {"train": "training", "val": "validation"}[split] for split in splits
-        ]
+def bins():
+    logits = torch.randn(50, 10, generator=generator(0))
+    return calibrate(logits, torch.arange(50) % 10)
 
 
-def test_accuracy_over_time_adds_up_the_epochs_and_projects_the_rest(figures):
-    fast = [{"seconds": 60.0, "val_accuracy": 70.5}, {"seconds": 120.0, "val_accuracy": 80}]
-    tpsnet = [{"seconds": 600.0, "val_accuracy": 40.0}]
-    options = {"epochs": 300, "published": 94.84, "best": (20.0, 96.85), "path": "fast.png"}
-    readme.accuracy_over_time(fast, tpsnet, **options)
-    ours, paper, projected, end, best = figures[0].axes[0].lines
-    assert (list(ours.get_xdata()), list(ours.get_ydata())) == ([1, 3], [70.5, 80])
-    assert (list(paper.get_xdata()), list(paper.get_ydata())) == ([10], [40])
-    assert (list(projected.get_xdata()), list(projected.get_ydata())) == ([10, 3000], [40, 94.84])
-    assert end.get_xdata() == [3000]
-    assert (list(best.get_xdata()), list(best.get_ydata())) == ([1200], [96.85])
-    texts = " ".join(text.get_text() for text in figures[0].axes[0].texts)
-    for part in ("80.00%", "3 minutes", "94.84%", "50 hours", "best: 96.85%", "20 hours"):
-        assert part in texts
+PICTURES = np.arange(8 * 32 * 32 * 3, dtype=np.uint8).reshape(8, 32, 32, 3)
+COUNTS = np.array([[5, 0, 1], [2, 3, 0], [0, 0, 0]])  # no image of the last class
+FIGURES = {
+    "curves": lambda path: plots.learning_curves(log(5, val=True), path, "a run of $5"),
+    "curves without validation": lambda path: plots.learning_curves(log(40, False), path, "a_b"),
+    "one epoch": lambda path: plots.learning_curves(log(1, val=False), path, "a run"),
+    "confusion": lambda path: plots.confusion_matrix(COUNTS, ["cat", "dog", "eel"], path, "title"),
+    "calibration": lambda path: plots.calibration(bins(), path, "title"),
+    "mistakes": lambda path: plots.mistakes(PICTURES, [f"cat {i}" for i in range(8)], path, "all"),
+    "no mistakes": lambda path: plots.mistakes(PICTURES[:0], [], path, "none"),
+}
 
 
-def test_confusion_matrix_writes_every_count_in_its_cell(figures):
-    counts = np.array([[5, 0, 1], [2, 3, 0], [0, 0, 0]])
-    plots.confusion_matrix(counts, ["cat", "dog", "eel"], "confusion.png", "title")
-    axes = figures[0].axes[0]
-    cells = {text.get_position(): int(text.get_text()) for text in axes.texts}
-    assert cells == {(0, 0): 5, (2, 0): 1, (0, 1): 2, (1, 1): 3}  # x is the predicted class
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "dog", "eel"]
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
-
-
-def test_calibration_is_drawn_for_bins_that_hold_images(figures):
-    count, confidence, accuracy = map(np.array, ([2, 0, 5], [30.0, 0.0, 90.0], [50.0, 0.0, 60.0]))
-    plots.calibration(Calibration(count, confidence, accuracy), "calibration.png", "title")
-    top, bottom = figures[0].axes
-    assert [bar.get_height() for bar in top.patches] == [50, 0, 60]
-    assert [bar.get_height() for bar in bottom.patches] == [2, 0, 5]
-    at_mean, lower, upper, diagonal = top.lines
-    assert (list(at_mean.get_xdata()), list(at_mean.get_ydata())) == ([30, 90], [50, 60])
-    for i, score in enumerate((Score(0.0, 1, 2), Score(0.0, 3, 5))):
-        ends = [line.get_ydata()[i] for line in (lower, upper)]
-        assert ends == pytest.approx(score.interval)
-    assert list(diagonal.get_xdata()) == list(diagonal.get_ydata()) == [0, 100]
-
-
-@pytest.mark.parametrize("number", [0, 1, 8])
-def test_mistakes_stand_under_their_captions(figures, number):
-    images = np.arange(number * 32 * 32 * 3, dtype=np.uint8).reshape(number, 32, 32, 3)
-    plots.mistakes(images, [f"cat {i}" for i in range(number)], "m.png", "title")
-    shown = [axes for axes in figures[0].axes if axes.images]
-    assert len(shown) == number
-    for i, axes in enumerate(shown):
-        assert (axes.images[0].get_array() == images[i]).all()
-        assert axes.get_title() == f"cat {i}"
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [{}, {"num_blocks": (2,), "width": 1, "c1": 8}, {"num_blocks": (1, 2, 1, 1), "pool_kernel": 2}],
-    ids=str,
-)
-def test_architecture_is_drawn_from_the_model(figures, arguments):
-    model = ResNet(Architecture(**arguments))
-    readme.architecture(model, "architecture.png", "title")
-    texts = [text.get_text() for text in figures[0].axes[0].texts]
-    drawn = sum(int(n.replace(",", "")) for n in re.findall(r"([\d,]+) param", " ".join(texts)))
-    assert drawn == sum(p.numel() for p in model.parameters())
-    for i, stage in enumerate(model.stages):
-        side = 32 // 2**i
-        assert any(t.startswith(f"{stage[-1].conv2.out_channels}x{side}x{side}") for t in texts)
-    assert texts.count("identity") == 1
-
-
-def test_our_log_is_drawn_beside_the_paper_s(figures):
-    paper = utils.read_csv(ROOT / "studies/tpsnet/paper.csv")
-    ours = [{"train_loss": 1.7, "train_accuracy": 37.0}, {"train_loss": 1.2, "train_accuracy": 57}]
-    readme.beside_the_paper(ours, paper, "tpsnet.png")
-    loss, accuracy = ([line.get_ydata() for line in axes.lines] for axes in figures[0].axes)
-    assert [len(y) for y in loss] == [len(y) for y in accuracy] == [300, 2]
-    assert (loss[0][0], list(loss[1])) == (pytest.approx(1.7158, abs=1e-4), [1.7, 1.2])
-    assert (accuracy[0][9], list(accuracy[1])) == (pytest.approx(84.48, abs=0.01), [37, 57])
-
-
-def test_family_stands_beside_published_networks(figures):
-    others = utils.read_csv(ROOT / "studies/family.csv")
-    ours = [
-        {"network": name, "num_params": n, "macs": 50 * n, "accuracy": accuracy}
-        for name, n, accuracy in (("large", 4_000_000, 95.0), ("small", 300_000, 91.0))
-    ]
-    readme.family(ours, others, "family.png")
-    for axes, cost in zip(figures[0].axes, ("num_params", "macs"), strict=True):
-        lines = {line.get_label(): line for line in axes.lines}
-        assert list(lines["this repository"].get_xdata()) == [o[cost] / 1e6 for o in ours[::-1]]
-        drawn = sum(len(line.get_xdata()) for line in axes.lines)
-        assert drawn == len(others) + len(ours)
-        assert [text.get_text() for text in axes.texts] == ["small 91.00", "large 95.00"]
-
-
-def test_published_networks_have_our_cost_where_they_are_ours():
-    rows = {
-        row["network"].split(":")[0]: row for row in utils.read_csv(ROOT / "studies/family.csv")
-    }
-    names = {"tpsnet": "TPSNet", "model1": "Model 1", "model2": "Model 2"}
-    for preset, name in names.items():
-        cost = model_cost(PRESETS[preset])
-        assert (rows[name]["num_params"], rows[name]["macs"]) == (cost.num_params, cost.macs)
-
-
-def test_output_shapes_leave_no_hook_behind():
-    model = ResNet(Architecture((1,), 2, pool_kernel=32))
-    shapes = readme.output_shapes(model)
-    assert shapes["stages.0"] == (4, 32, 32)
-    assert not any(module._forward_hooks for module in model.modules())
-
-
-def test_benchmark_shows_medians_from_the_smallest_batch_to_the_largest(figures):
-    result = {
-        "preset": "tpsnet",
-        "num_params": 4_959_770,
-        "macs": 724e6,
-        "batch_size": 128,
-        "contestants": ["ours", "classical script"],
-        "images_per_second": {
-            name: [[80, 82, 90], [34, 35, 30]] for name in ("data", "step", "epoch", "evaluate")
-        },
-        "memory_bytes": [1.1e9, 2.2e9],
-        "scaling": {32: [[60, 61, 62], [30, 31, 32]], 128: [[70, 71, 72], [33, 34, 35]]},
-    }
-    readme.benchmark(json.loads(json.dumps(result)), "benchmark.png")
-    speed, memory, scaling = figures[0].axes
-    assert [bar.get_height() for bar in speed.patches] == [82] * 3 + [34] * 3
-    assert [bar.get_height() for bar in memory.patches] == [1.1, 2.2]
-    for line, medians in zip(scaling.lines, ([61, 71], [31, 34]), strict=True):
-        assert (list(line.get_xdata()), list(line.get_ydata())) == ([32, 128], medians)
-    assert scaling.get_legend_handles_labels()[1] == ["ours", "classical script"]
-
-
-def test_quick_benchmark_is_not_drawn(monkeypatch, tmp_path):
-    monkeypatch.setattr(plots, "save", lambda *_: None)
-    utils.write_json(tmp_path / "studies/benchmark.json", {"scaling": {}, "threads": {}})
-    with pytest.raises(InputError, match=r"json is of --quick; measure again without it"):
-        readme.main([])
-
-
-def test_every_figure_of_the_readme_can_be_drawn_again(monkeypatch):
-    drawn = []
-    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(path.as_posix()))
-    monkeypatch.chdir(ROOT)
-    readme.main([])
-    assert {"images/architecture.png", "images/fast.png"} < set(drawn)
-    assert {f"images/{name}" for name in plots.EFFECTS} < set(drawn)
-    assert ("images/benchmark.png" in drawn) == Path("studies/benchmark.json").exists()
-    assert all(Path(path).exists() for path in drawn)
-
-
-def test_figures_are_png_files(tmp_path):
-    plots.learning_curves(log(2, True), tmp_path / "new" / "curves.png", "a run")
-    assert [p.name for p in (tmp_path / "new").iterdir()] == ["curves.png"]
-    assert (tmp_path / "new" / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-def trials(number):
-    """Rows of trials.csv in which the learning rate decides and nothing else does."""
-    rng = np.random.default_rng(0)
-    rows = []
-    for _ in range(number):
-        lr = 10 ** rng.uniform(-4, 0)
-        accuracy = 40 - 8 * (np.log10(lr) + 2) ** 2 + rng.normal()
-        stages = int(rng.integers(2, 5))
-        rows.append({
-            "early_accuracy": accuracy, "num_params": int(rng.integers(1e5, 5e6)),
-            "macs": int(rng.integers(1e7, 1e9)), "num_stages": stages, "pooled_size": 1,
-            "num_blocks": " ".join(map(str, rng.integers(1, 17, stages))),
-            "conv_kernel": " ".join("3" * stages), "skip_kernel": " ".join("1" * stages),
-            "c1": int(rng.integers(8, 49)), "width": int(rng.integers(1, 3)), "lr": lr,
-            "batch_size": int(rng.choice([32, 64])), "optimizer": str(rng.choice(["sgd", "muon"])),
-        })  # fmt: skip
-    return [*rows, rows[0] | {"early_accuracy": None}]  # one that diverged
-
-
-def test_search_effects_show_every_trial(figures):
-    rows = trials(30)
-    assert len(plots.effects(rows, "images", "30 trials")) == len(figures) == 5
-    depth, coordinates, choices, cost, shares = figures
-    dots = [d for axes in depth.axes[:3] for d in axes.collections]
-    shown = sorted(float(a) for dot in dots for a in dot.get_array())
-    assert shown == pytest.approx(sorted(r["early_accuracy"] for r in rows[:-1]))
-    lines = coordinates.axes[0].collections[0]
-    assert sorted(lines.get_array()) == pytest.approx(shown)
-    names = [label.get_text() for label in coordinates.axes[0].get_xticklabels()]
-    assert names[-1] == "accuracy, %"
-    assert {"optimizer", "C1", "stages"} < set(names)
-    best = max(rows[:-1], key=lambda row: row["early_accuracy"])
-    span = np.ptp([np.log(row["lr"]) for row in rows])
-    from_low = (np.log(best["lr"]) - min(np.log(row["lr"]) for row in rows)) / span
-    best_line = lines.get_segments()[-1][:, 1]  # it lies on top
-    height = best_line[names.index("learning\nrate")]
-    assert min(abs(height - from_low), abs(height - 1 + from_low)) == pytest.approx(0)
-    assert best_line[-1] == 1
-    panels = {axes.get_title(): axes for axes in choices.axes if axes.get_visible()}
-    assert {"learning rate", "optimizer", "C1", "stages"} <= set(panels)
-    # These trials have no dropout, and are pooled alike.
-    assert not {"dropout in blocks", "pooled map, side"} & set(panels)
-    assert len(panels["learning rate"].lines[1].get_xdata()) == 30
-    peak = panels["learning rate"].lines[0]
-    assert np.log10(peak.get_xdata()[np.argmax(peak.get_ydata())]) == pytest.approx(-2, abs=0.2)
-    means = [bar.lines[0].get_ydata()[0] for bar in panels["optimizer"].containers]
-    expected = [
-        np.mean([r["early_accuracy"] for r in rows[:-1] if r["optimizer"] == name])
-        for name in ("muon", "sgd")
-    ]
-    assert means == pytest.approx(expected)
-    assert [len(axes.lines[0].get_xdata()) for axes in cost.axes] == [30, 30]
-    names = [label.get_text() for label in shares.axes[0].get_yticklabels()]
-    assert names[-1] == "learning rate"  # the most important is on top
-    assert "R² on held-out trials 0." in shares.axes[0].get_title()
-
-
-def test_costs_that_differ_little_have_plain_numbers(figures):
-    rows = [
-        row | {"early_accuracy": 50.0, "num_params": 10**5 + i} for i, row in enumerate(trials(9))
-    ]
-    plots.accuracy_and_cost(rows, "cost.png", "10 trials")
-    assert [axes.get_xscale() for axes in figures[0].axes] == ["linear", "log"]
-
-
-def test_search_whose_trials_are_all_alike_has_no_figures(figures):
-    rows = [row | {"early_accuracy": 10.0} for row in trials(30)]
-    assert plots.effects(rows, "images", "30 trials at chance") == figures == []
-
-
-def test_search_that_draws_nothing_of_the_figures_has_none(figures):
-    rows = [trials(1)[0] | {"early_accuracy": 10.0 + i} for i in range(30)]
-    assert plots.effects(rows, "images", "30 trials of one network") == figures == []
-
-
-def test_axes_are_turned_where_lines_would_cross():
-    columns = {"noise": [1, 2, 4, 3], "less": [5, 4, 2, 1], "same": [1, 2, 3, 4]}
-    columns["accuracy"] = [6, 7, 8, 9]
-    order, is_flipped = plots.side_by_side(columns)
-    assert order[-1] == "accuracy"
-    assert order[0] == "noise"
-    assert [name for name in order if is_flipped[name]] == ["less"]
-
-
-def test_few_trials_make_no_figures(figures):
-    assert plots.effects(trials(5), "images", "5 trials") == figures == []
-
-
-def test_pareto_front_is_what_nothing_cheaper_beats():
-    cost, accuracy = np.array([3, 1, 2, 2, 5]), np.array([30.0, 10.0, 25.0, 20.0, 30.0])
-    assert plots.pareto_front(cost, accuracy) == [1, 2, 0]
-
-
-@pytest.mark.parametrize(("blocks", "c1"), [(13, 16), (3, 34), (7, 22)])
-def test_limit_of_c1_is_the_papers(blocks, c1):
-    assert int(plots.largest_c1([blocks], 3, 2, MAX_PARAMS)[0]) == c1
-
-
-def test_limit_is_the_searchs_own(figures, monkeypatch):
-    monkeypatch.setattr(plots, "importance", lambda *_: None)  # which takes seconds
-    plots.effects(trials(30), "images", "30 trials", max_params=MAX_PARAMS // 4)
-    limits = [line for line in figures[0].axes[0].lines if "parameters" in line.get_label()]
-    assert {line.get_label() for line in limits} == {
-        f"1.25M parameters if 3x3, width {width}" for width in (1, 2)
-    }
-    whole = plots.largest_c1([1, 2], 2, 2, MAX_PARAMS)
-    assert limits[1].get_xdata()[:2] == pytest.approx(np.array(whole) / 2, rel=0.01)
+@pytest.mark.parametrize("draw", FIGURES.values(), ids=FIGURES)
+def test_figure_is_a_png_file(draw, tmp_path):
+    path = tmp_path / "new" / "figure.png"
+    draw(path)
+    assert [p.name for p in path.parent.iterdir()] == ["figure.png"]
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        assert np.ptp(np.asarray(image.convert("L"))) > 100  # something is drawn on the white

@@ -1,37 +1,40 @@
-"""What the search in studies/choices tells of the paper's claims: a line per question.
+"""The answers of studies/choices to the questions of the paper, one line each.
 
     python -m studies.choices.answers    # prints them, from trials.csv and longer.csv
 
-Every number comes with its 95% interval, by bootstrap over the trials, of which one in twenty
-misses; and with the number of trials behind it. Within a budget choices come together, as wide
-and shallow do: a correlation says what goes with accuracy, not what makes it. Networks of 1x1
-convolutions alone, which behind the stem see a pixel's neighbours only by their shortcuts, are so
-far below that they answer one question and are left out of the others.
+Every number has a 95% interval, by bootstrap over the trials, and the number of trials. Under a
+budget the choices depend on each other (wide networks are shallow), so a correlation with accuracy
+does not show a cause. Networks with only 1x1 convolutions, which see neighboring pixels only in the
+stem and the shortcuts, are far less accurate: they answer one question and are left out of the
+others.
 """
 
-import script
+if __name__ == "__main__":
+    from engine.script import run_script
+
+    run_script("studies.choices.answers")
 
 from collections.abc import Callable, Iterable
 
 import numpy as np
 from scipy.stats import rankdata
 
-import plots
 import utils
-from metrics import Row
+from engine.progress import Row
+from search.figures import with_derived
+from search.trials import METRIC
 from studies.choices.run import FOLDER, whole
-from trials import METRIC
 
-DRAWS = 2000  # of a bootstrap
+DRAWS = 2000  # bootstrap samples
 Number = Callable[[Row], float]
 
 
 def load() -> list[Row]:
-    """The trials with an accuracy; those trained longer have a `longer` too."""
+    """The trials with an accuracy; `longer` is the accuracy after longer training, or None."""
     path = FOLDER / "longer.csv"
     longer = {row["trial"]: row[METRIC] for row in utils.read_csv(path)} if path.exists() else {}
     rows = whole(utils.read_csv(FOLDER / "trials.csv"))
-    rows = [plots.with_derived(row) | {"longer": longer.get(row["trial"])} for row in rows]
+    rows = [with_derived(row) | {"longer": longer.get(row["trial"])} for row in rows]
     return [
         row
         | {
@@ -43,14 +46,14 @@ def load() -> list[Row]:
 
 
 def with_interval(statistic: Callable[..., np.ndarray], *columns: np.ndarray) -> np.ndarray:
-    """A statistic of some columns, and the two ends of its 95% interval.
+    """A statistic of columns and the ends of its 95% interval.
 
     Args:
-        statistic: of the last dimension of its arguments.
+        statistic: a function of arrays, over their last dimension.
     """
     n = len(columns[0])
     draws = np.random.default_rng(0).integers(0, n, (DRAWS, n))
-    with np.errstate(invalid="ignore"):  # in some draws the trials are all alike
+    with np.errstate(invalid="ignore"):  # some samples contain one value only
         drawn = statistic(*(column[draws] for column in columns))
         return np.array([statistic(*columns), *np.nanpercentile(drawn, [2.5, 97.5])])
 
@@ -58,13 +61,13 @@ def with_interval(statistic: Callable[..., np.ndarray], *columns: np.ndarray) ->
 def difference(
     rows: list[Row], name: str, ones: Iterable, others: Iterable, equal: Iterable[str] = ()
 ) -> str:
-    """Mean accuracy of the trials with one of some values, less that of those with the others.
+    """The mean accuracy of the trials with values in `ones` minus that of those in `others`.
 
     Args:
-        equal: the columns at whose equal values the two are compared, by a linear fit: within the
-            budget a choice comes with others. Where all stages have an odd number of blocks,
-            these are fewer, for one block is the most frequent of the odd numbers; with the square
-            of the depth among the columns, what is best in between is no advantage of the others.
+        equal: columns to adjust for, by a linear fit, since choices depend on each other under a
+            budget. (Networks with an odd number of blocks in all stages are shallower, since 1 is
+            the most frequent odd number; with the squared depth among the columns, an optimum at
+            medium depth is adjusted for, too.)
     """
     rows = [row for row in rows if row[name] in (*ones, *others)]
     group = np.array([float(row[name] in ones) for row in rows])
@@ -88,7 +91,7 @@ def rank_correlation(
     y: Number = lambda row: row[METRIC],
     equal: Iterable[Number] = (),
 ) -> str:
-    """Spearman's coefficient; with `equal`, of what these numbers' ranks leave of both."""
+    """Spearman's rank correlation, partial with respect to the numbers in `equal`."""
     columns = [np.array([number(row) for row in rows], dtype=float) for number in (x, y, *equal)]
     if any(len(set(column)) == 1 for column in columns):
         return "all trials are alike"
@@ -103,19 +106,19 @@ def rank_correlation(
 
 
 def without(y: np.ndarray, columns: Iterable[np.ndarray]) -> np.ndarray:
-    """What a linear fit to some columns leaves of `y`; 0 where it leaves but rounding errors."""
+    """The residuals of a linear fit of `y` to columns; 0 for those within rounding errors."""
     factors = np.stack([np.ones_like(y), *columns], axis=-1)
     rest = y - (factors @ (np.linalg.pinv(factors) @ y[..., None]))[..., 0]
     return np.where(np.abs(rest) < 1e-9 * np.abs(y).max(), 0, rest)
 
 
 def share_of(kernel: int) -> Number:
-    """What share of a trial's stages has convolutions of this size."""
+    """The share of a trial's stages with convolutions of this size."""
     return lambda row: np.mean([int(k) == kernel for k in str(row["conv_kernel"]).split()])
 
 
 def answers() -> list[str]:
-    """A line per question."""
+    """One line per question."""
     everything = load()
     rows = [row for row in everything if not row["only_1x1"]]
     accuracy = np.array([row[METRIC] for row in everything])
@@ -164,7 +167,3 @@ def answers() -> list[str]:
 def main(_args: list[str]) -> None:
     """Print the answers."""
     print("\n".join(answers()))
-
-
-if __name__ == "__main__":
-    script.run_script(main)

@@ -1,38 +1,43 @@
-"""Which of the paper's choices win, among networks of about one cost and near where they end.
+"""Which of the paper's choices win among networks of about the same cost?
 
-    python -m studies.choices.run pilot     # two networks by four recipes: decides RECIPE
-    python -m studies.choices.run search    # 48 networks, drawn at random, all trained alike
-    python -m studies.choices.run longer    # every fifth of them, four times as long
+    python -m studies.choices.run pilot     # two networks with four recipes: decides RECIPE
+    python -m studies.choices.run search    # 48 random networks, trained in the same way
+    python -m studies.choices.run longer    # every fifth of them, for four times the epochs
 
-Each goes on where it was cut off, and writes what it found to studies/choices. Networks have
-100,000 to 200,000 parameters and at most 20 million multiply-accumulates for an image, so that wide
-or deep is a fair question. All are compared on 5,000 validation images; test images are not read.
+Each command continues where it was interrupted, and writes its results to studies/choices. The
+networks have 100,000 to 200,000 parameters and at most 20 million multiply-accumulates per image,
+so that wide and deep networks are compared at similar cost. They are compared on 5,000 validation
+images; test images are not read.
 
-17 of the trials in trials.csv, the deepest first, were trained on an NVIDIA H200 by this code
-without Ray, nine began there, the others are of two CPU cores; all are in bfloat16. Trials 1 and 2
-were trained on both: to 85.38% and 83.32% on the CPU, 85.64% and 82.56% on the GPU. The ten
-longer trainings, commit 2201f3e, ran there too.
+17 of the trials in trials.csv, the deepest ones, were trained on an NVIDIA H200 by this code
+without Ray; nine began there; the others were trained on two CPU cores; all in bfloat16. Trials 1
+and 2 were trained on both: 85.38% and 83.32% on the CPU, 85.64% and 82.56% on the GPU. The ten
+longer trainings (commit 2201f3e) ran on the H200.
 """
 
-import script
+if __name__ == "__main__":
+    from engine.script import run_script
+
+    run_script("studies.choices.run")
 
 import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-import search
 import utils
 from config import CHECKPOINTS, PRESETS, Config
 from data import load_dataset
-from metrics import Row
+from engine.progress import Row
+from search.run import load_search, run_search
+from search.space import PER_STAGE, SPACE, Search, Space, base_config
+from search.trials import ENDED, METRIC
 from train import train
-from trials import ENDED, METRIC, PER_STAGE, SPACE, Search, Space, base_config
 from utils import DivergenceError, InputError, SearchError
 
 FOLDER = Path("studies/choices")
-# What the trials share beside the paper's recipe: `fast`'s augmentation without Cutout, for so few
-# epochs, and its number of steps.
+# Changes to the paper's recipe in all trials: the augmentation of `fast`, without Cutout for so few
+# epochs, and about as many steps.
 COMMON = {
     "padding_mode": "reflect",
     "rotation_degrees": 0.0,
@@ -46,12 +51,12 @@ RECIPES = {
     "sgd 0.1": {"optimizer": "sgd", "lr": 0.1, "nesterov": True},
     "sgd 0.3": {"optimizer": "sgd", "lr": 0.3, "nesterov": True},
 }
-RECIPE = "muon 0.05"  # the best of pilot.csv, for both networks
-NETWORKS = {"wide": ((1, 1, 1), 20), "deep": ((5, 5, 5), 8)}  # of the pilot: blocks, and C1
+RECIPE = "muon 0.05"  # the best one in pilot.csv for both networks
+NETWORKS = {"wide": ((1, 1, 1), 20), "deep": ((5, 5, 5), 8)}  # in the pilot: blocks and C1
 PILOT_EPOCHS = 4
-EVERY, LONGER = 5, 4
+EVERY, LONGER = 5, 4  # every fifth trial, for four times the epochs
 
-# No network of 2 stages is of this size: at 100,000 parameters the smallest has 24 million MACs.
+# 2 stages are left out: with 100,000 parameters the smallest such network has 24 million MACs.
 DRAWN = SPACE | {"num_stages": (3, 4), "num_blocks": range(1, 10), "c1": range(6, 33)}
 OPTIONS = Search(
     name="choices",
@@ -71,14 +76,14 @@ def fixed(recipe: str) -> dict[str, object]:
 
 
 def space() -> Space:
-    """What the search draws, and the recipe that all its trials share."""
+    """The space of the search, with the recipe as entries of a single value."""
     return DRAWN | {name: (value,) for name, value in fixed(RECIPE).items()}
 
 
-def pilot() -> None:
-    """Train two networks by each recipe, with the whole schedule in a third of the epochs."""
+def pilot_runs() -> list[tuple[Row, Config]]:
+    """Two networks with each recipe, for a third of the epochs of the search."""
     base = replace(PRESETS["tpsnet"], epochs=PILOT_EPOCHS, val_size=OPTIONS.val_size)
-    runs = [
+    return [
         (
             {"recipe": recipe, "network": network},
             replace(
@@ -93,11 +98,10 @@ def pilot() -> None:
         for recipe in RECIPES
         for network, (num_blocks, c1) in NETWORKS.items()
     ]
-    train_all(runs, FOLDER / "pilot.csv")
 
 
-def run_search() -> None:
-    """Start the search, or go on with it; copy what it found."""
+def search() -> None:
+    """Start the search or continue it; copy its results."""
     run(OPTIONS, "tpsnet", space())
     for name in ("search.json", "trials.csv", "best.json"):
         with utils.atomic_path(FOLDER / name) as temporary:
@@ -105,25 +109,25 @@ def run_search() -> None:
 
 
 def run(options: Search, preset: str, space: Space) -> list[Row]:
-    """Start a search or go on with it; returns the rows of its trials.csv.
+    """Start a search or continue it; returns the rows of its trials.csv.
 
     Raises:
-        InputError: it was started with other options.
-        SearchError: a trial failed; its work is kept.
+        InputError: the search was started with other options.
+        SearchError: a trial failed; the same command runs it again.
     """
     if (CHECKPOINTS / options.name).exists():
-        preset, options = search.load_search(replace(options, resume=options.name), space)
-    rows = search.run_search(options, preset, space)
+        preset, options = load_search(replace(options, resume=options.name), space)
+    rows = run_search(options, preset, space)
     if left := options.num_samples - sum(row["status"] in ENDED for row in rows):
         raise SearchError(f"{left} trials have not ended; the same command goes on with them")
     return rows
 
 
 def longer() -> None:
-    """Train every fifth trial's network longer, from the most accurate to the least.
+    """Train every fifth network longer, counted from the most accurate to the least.
 
     Raises:
-        InputError: the search has not been made.
+        InputError: there are no trials yet.
     """
     if not (FOLDER / "trials.csv").exists():
         raise InputError(f"arguments: {FOLDER / 'trials.csv'} does not exist; run `search` first")
@@ -134,12 +138,12 @@ def longer() -> None:
 
 
 def whole(rows: list[Row]) -> list[Row]:
-    """The trials that were trained to their end: one that failed keeps what it had before."""
+    """The trials that were trained to their last epoch."""
     return [row for row in rows if row["early_accuracy"] is not None]
 
 
 def again(row: Row) -> Config:
-    """The constants of a trial, from its row in trials.csv, for LONGER times the epochs."""
+    """The constants of a trial in trials.csv, with LONGER times the epochs."""
     base = base_config(replace(OPTIONS, epochs=LONGER * OPTIONS.epochs), "tpsnet")
     shape = {name: tuple(map(int, str(row[name]).split())) for name in PER_STAGE}
     shape |= {name: row[name] for name in ("c1", "width", "pool_kernel")}
@@ -147,11 +151,10 @@ def again(row: Row) -> Config:
 
 
 def train_all(runs: Iterable[tuple[Row, Config]], path: Path) -> None:
-    """Train each configuration, or go on with it; write its row with what it came to."""
+    """Train each configuration or continue it; write its row with the epochs and the accuracy."""
     found, data = [], None
     for row, config in runs:
-        sizes = (config.val_size, config.download, config.train_size)
-        data = data or load_dataset(config.dataset, config.data_dir, *sizes, test=False)
+        data = data or load_dataset(config, test=False)
         try:
             last = train(replace(config, wandb="disabled", resume=True), data)[0][-1]
         except DivergenceError:
@@ -161,12 +164,12 @@ def train_all(runs: Iterable[tuple[Row, Config]], path: Path) -> None:
 
 
 def main(args: list[str]) -> None:
-    """Do one of the three."""
-    parts = {"pilot": pilot, "search": run_search, "longer": longer}
+    """Run one of the three parts."""
+    parts = {
+        "pilot": lambda: train_all(pilot_runs(), FOLDER / "pilot.csv"),
+        "search": search,
+        "longer": longer,
+    }
     if len(args) != 1 or args[0] not in parts:
         raise InputError(f"arguments: {' '.join(args)!r} is not one of {', '.join(parts)}")
     parts[args[0]]()
-
-
-if __name__ == "__main__":
-    script.run_script(main)

@@ -1,0 +1,197 @@
+"""A search from its options to best.json: start or resume it, run its trials, show the result."""
+
+import signal
+import time
+from collections import Counter
+from dataclasses import asdict, fields, replace
+
+import utils
+from config import CHECKPOINTS, PRESETS, check_config, record
+from data import Dataset, check_data, load_dataset
+from engine.run import end_by_signal, lock_folder
+from engine.script import stop_signals
+from search import figures
+from search.cluster import ray_started, trial_resources, trials_at_once
+from search.space import SPACE, Search, Space, check_search, check_space, with_defaults
+from search.trials import METRIC, Row, Trials, read_record, write_record
+from utils import InputError, SearchError, StoppedError, first_line
+
+
+def main(args: list[str], space: Space = SPACE) -> None:
+    """Run the search of a command line: a preset for all that is not drawn, then options."""
+    preset = None
+    if args and not args[0].startswith("-"):
+        preset, *args = args
+    if preset not in (None, *PRESETS):
+        raise InputError(f"preset: {preset!r} is not one of {', '.join(PRESETS)}")
+    import tyro
+
+    search = tyro.cli(
+        Search,
+        args=args,
+        prog=f"python -m search [{'|'.join(PRESETS)}]",
+        description="Search for a network. Constants that are not in SPACE (search/space.py) are"
+        " those of the preset.",
+    )
+    if search.resume:
+        given, (preset, search) = preset, load_search(search, space)
+        if given not in (None, preset):
+            raise InputError(
+                f"preset: {given}, but the search {search.name} was started with {preset}; leave it"
+                " out"
+            )
+    run_search(search, preset or "tpsnet", space)
+
+
+def load_search(search: Search, space: Space = SPACE) -> tuple[str, Search]:
+    """Read the preset and the options of the search to resume; only its address may be new.
+
+    Raises:
+        InputError: there is no such search, or an option or the space differs.
+    """
+    path = CHECKPOINTS / search.resume / "search.json"
+    try:
+        stored = read_record(path)
+        stored["name"] = search.resume  # the folder may be a copy
+        preset, drawn, stored = stored.pop("preset"), stored.pop("space"), Search(**stored)
+        _ = PRESETS[preset]
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"resume: no search in {path.parent} ({first_line(error)}); give the --name of one"
+        ) from None
+    if drawn != repr(space):
+        raise InputError(
+            f"SPACE: the search {search.resume} was started with {drawn}; restore it in"
+            " search/space.py, or start another search"
+        )
+    new = {"resume": search.resume, "address": search.address}
+    for option in fields(Search):
+        given, old = getattr(search, option.name), getattr(stored, option.name)
+        if option.name not in new and given not in (option.default, old):
+            raise InputError(
+                f"{option.name}: {given!r}, but the search {search.resume} was started with"
+                f" {old!r}; leave the option out"
+            )
+    return preset, replace(stored, **new)
+
+
+def run_search(search: Search, preset: str, space: Space = SPACE) -> list[Row]:
+    """Run all trials of a search, or those that are left; returns the rows of trials.csv.
+
+    Raises:
+        InputError: the search cannot be run; nothing was written.
+        SearchError: the search cannot go on, or no trial succeeded.
+        StoppedError: a signal stopped the search; --resume goes on.
+    """
+    check_search(search)
+    check_space(space)
+    search = with_defaults(search, preset)
+    trials, received = Trials(search, preset, space), 0
+    # Check the preset's other constants; its own network may be over the budget of the search.
+    budget = max(search.max_params, PRESETS[preset].max_params)
+    check_config(replace(trials.base, max_params=budget))
+    trials.draw(1)  # are there networks within the limits?
+    if search.resume:
+        trials.load()
+    elif trials.path.exists():
+        raise InputError(
+            f"name: {trials.path} exists already; continue that search with --resume"
+            f" {search.name}, or give another --name"
+        )
+    if len(trials.ended()) < search.num_samples:
+        data = load_dataset(trials.base, test=False)
+        largest = max(space.get("batch_size", [trials.base.batch_size]))
+        check_data(replace(trials.base, batch_size=largest), data)
+        received = run_on_ray(trials, preset, data)
+    try:
+        with lock_folder(trials.path):
+            trials.write_table()
+            finish(trials, received)
+    except InputError as error:
+        raise SearchError(f"{error}; fix this, then --resume {search.name} goes on") from None
+    return trials.table()
+
+
+def run_on_ray(trials: Trials, preset: str, data: Dataset) -> int:
+    """Start Ray and run the trials that are left; returns the signal that stopped them, or 0."""
+    search = trials.search
+    with stop_signals, ray_started(search), stop_signals:  # Ray replaces the handlers as it starts
+        from search.ray_tune import run_trials
+
+        resources = trial_resources(search)
+        if stop_signals.received:
+            end_by_signal(stop_signals.received, "before a trial began")
+        with lock_folder(trials.path):
+            if not search.resume:
+                described = {"preset": preset, "space": repr(trials.space), **asdict(search)}
+                write_record(trials.path / "search.json", described)
+            for number in set(trials.numbers) - trials.ended():
+                trials.remove_unless_resumable(number)
+            print_plan(trials, preset, data, trials_at_once(resources))
+            start, before = time.perf_counter(), seconds_trained(trials)
+            run_trials(trials, data, resources)
+            spent, trained = time.perf_counter() - start, seconds_trained(trials) - before
+            print(f"{utils.duration(spent)} for {utils.duration(trained)} of training")
+        return stop_signals.received
+
+
+def seconds_trained(trials: Trials) -> float:
+    """Training time of all trials together."""
+    return sum(row["seconds"] or 0 for row in trials.rows.values())
+
+
+def print_plan(trials: Trials, preset: str, data: Dataset, at_once: int) -> None:
+    search = trials.search
+    epochs = f"{search.grace_epochs} to " if search.grace_epochs < search.epochs else ""
+    print(
+        f"{search.name}: {search.num_samples:,} trials around {preset}, {search.algorithm} search,"
+        f" {epochs}{search.epochs} epochs each, {at_once} at a time"
+    )
+    print(
+        f"{data.name}: {len(data.train):,} training and {len(data.val):,} validation images; no"
+        " test images are read"
+    )
+
+
+def finish(trials: Trials, received: int) -> None:
+    """Print the result of a search; write best.json and the figures.
+
+    Args:
+        received: the signal that stopped the search, or 0.
+
+    Raises:
+        StoppedError: a signal stopped it.
+        SearchError: no trial succeeded.
+    """
+    search, rows, best = trials.search, trials.table(), trials.best()
+    path = trials.path / "best.json"
+    if best:
+        # A long training of the best network uses all images.
+        new = {"name": f"{search.name}-best", "val_size": 0, "train_size": 0, "wandb": "auto"}
+        utils.write_json(path, record(replace(trials.config(best), **new)))
+    if rows:
+        counts = Counter(row["status"] for row in rows)
+        ends = ", ".join(f"{n} {status}" for status, n in counts.items())
+        rejected = sum(row["rejected"] or 0 for row in rows)
+        print(f"{len(rows)} trials: {ends}; {rejected:,} samples were rejected before they ran")
+    if received:
+        raise StoppedError(
+            received,
+            f"stopped by {signal.Signals(received).name}, saved in {trials.path};"
+            f" --resume {search.name} goes on",
+        )
+    if left := search.num_samples - len(trials.ended()):
+        print(f"{left} trials are left: --resume {search.name} goes on")
+    failed = [row["error"] for row in rows if row["status"] == "failed"]
+    if failed and not best:
+        raise SearchError(f"no trial succeeded, the last one for {failed[-1]}")
+    if best:
+        print(
+            f"best: trial {best['trial']}, {best[METRIC]:.2f}% of {search.val_size:,} validation"
+            f" images after {best['epochs']} epochs, {best['num_params']:,} parameters"
+        )
+        print(f"next: python train.py --config {path.as_posix()} --epochs 300")
+    images = f" of {search.train_size:,} images" if search.train_size else ""
+    caption = f"{len(rows)} trials, {search.grace_epochs} epochs{images}"
+    if not figures.effects(rows, trials.path, caption, search.max_params):
+        print(f"no figures: at least {figures.MIN_TRIALS} trials with different accuracies needed")

@@ -1,0 +1,415 @@
+"""Mistakes that a user can make, help, and how a script starts, is stopped and ends.
+
+A mistake is one line that names the field, its value and the remedy; status 2; nothing is written.
+"""
+
+import ast
+import inspect
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, TINY, command, run, run_main
+
+import config as config_module
+import utils
+from config import CLAIMS, GROUPS, PRESETS, Config, check_config, load_config, parse_command_line
+from engine.run import lock_folder
+from utils import DivergenceError, InputError, SearchError, StoppedError
+
+# a command line for each check, and words that the line must contain
+MISTAKES = [
+    # bounds
+    ("demo --c1 0", ["c1", "0", "from 1 to 4096"]),
+    ("demo --num-blocks 1 1000 1", ["num_blocks", "1000", "from 1 to 500"]),
+    ("demo --epochs 0", ["epochs", "0", "at least 1"]),
+    ("demo --lr nan", ["lr", "nan", "from 0 to 1000"]),
+    # the network
+    ("demo --num-blocks", ["num_blocks", "()", "1 to 4 stages"]),
+    ("demo --conv-kernel 3 2 3", ["conv_kernel", "2", "even", "such as 1"]),
+    ("demo --skip-kernel 1 1 1 1", ["skip_kernel", "4 sizes", "3 stages"]),
+    ("demo --stem whitening", ["c1", "8", "use 24"]),
+    ("demo --num-blocks 1 1 1 1", ["pool_kernel", "8", "4x4", "use 1 to 4"]),
+    ("--c1 17", ["max_params", "5,598,195", "5,000,000", "--max-params"]),
+    ("demo --max-params 76817", ["max_params", "76,818", "76,817"]),
+    # the data
+    ("demo --flip random", ["flip", "--flip none"]),
+    ("demo --num-classes 7", ["num_classes", "7", "digits has 10"]),
+    ("demo --val-size 5", ["val_size", "5", "use 0, or 10 to 1,428"]),
+    ("demo --train-size 1439", ["train_size", "1439", "or 10 to 1,428"]),
+    ("demo --batch-size 1439", ["batch_size", "1439", "1,438", "use 1 to 1,438"]),
+    (
+        "demo --num-blocks 1 1 1 1 --c1 24 --width 1 --stem whitening --downsample pool"
+        " --pool-kernel 1 --batch-size 1437",
+        ["batch_size", "1437", "one image", "one pixel"],
+    ),
+    ("--no-download --data-dir x/y", ["data_dir", "x/y", "cifar-10-python.tar.gz", "demo"]),
+    (
+        "model1 --pool-kernel 4 --small-fraction 0.5 --small-size 24",
+        ["small_size", "24x24", "to 1x1", "32x32 to 2x2", "small_fraction of 0"],
+    ),
+    # the optimization
+    ("best --momentum 0", ["momentum", "0", "--no-nesterov"]),
+    ("demo --warmup-epochs 15", ["warmup_epochs", "15 of 15", "use 0 to 14"]),
+    # the run
+    ("demo --name ../elsewhere", ["name", "'../elsewhere'", "letters, digits"]),
+    ("demo --name a/b/c", ["name", "'a/b/c'", "GROUP/NAME"]),
+    ("demo --seeds 2 --seed 4294967295", ["seed", "4294967296", "to 4294967295"]),
+    ("demo --resume --overwrite", ["overwrite", "--resume", "use one"]),
+    # a file of constants
+    ("--config nothing.json", ["config", "'nothing.json'", "best.json"]),
+    ("--config list.json", ["config", "list.json", "config.json that train.py wrote"]),
+    ("--config half.json", ["config", "half.json", "config.json that train.py wrote"]),
+    ("--config deep.json", ["config", "deep.json", "nests too deep"]),
+    ("--config foreign.json", ["config", "foreign.json", "depth"]),
+    ("--config wide.json", ["c1", "'wide'", "from 1 to 4096"]),
+]
+FILES = {
+    "list": "[1]",
+    "half": '{"c1":',
+    "deep": 99_999 * "[",
+    "foreign": '{"depth": 3}',
+    "wide": '{"c1": "wide"}',
+}
+
+
+def check_refusal(line, words, monkeypatch, capsys):
+    """Run train.py in this process; nothing may be written but one line on stderr."""
+    before = written()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a warning would be a second line
+        assert run_main("train", *line.split(), monkeypatch=monkeypatch) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    for word in words:
+        assert word in captured.err
+    assert written() == before
+
+
+def written():
+    """All files with their times, but for locks, which some versions of filelock touch."""
+    paths = (path for path in Path().rglob("*") if path.name != "run.lock")
+    return {path: path.stat().st_mtime_ns for path in paths}
+
+
+@pytest.mark.parametrize(("line", "words"), MISTAKES, ids=[line for line, _ in MISTAKES])
+def test_mistake_is_one_line(line, words, monkeypatch, capsys):
+    for name, text in FILES.items():
+        Path(f"{name}.json").write_text(text)
+    check_refusal(line, words, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("resnet50", ["resnet50", "tpsnet", "demo"]),
+        ("--learning-rate 0.1", ["--learning-rate", "--help"]),
+        ("demo model1", ["model1"]),
+        ("demo --lr", ["--lr"]),
+        ("demo --epochs 2.5", ["--epochs", "2.5"]),
+        ("demo --schedule step", ["--schedule", "step", "cosine_restarts"]),
+    ],
+)
+def test_misspelled_option_is_explained_by_the_parser(line, words, monkeypatch, capsys):
+    assert run_main("train", *line.split(), monkeypatch=monkeypatch) == 2
+    captured = capsys.readouterr()
+    assert all(word in captured.out + captured.err for word in words)
+    assert "Traceback" not in captured.err
+    assert written() == {}
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"RANK": "x"}, ["RANK", "'x'"]),
+        ({"LOCAL_RANK": "-1"}, ["LOCAL_RANK", "'-1'"]),
+        ({"WORLD_SIZE": "2"}, ["MASTER_PORT"]),
+        ({"WORLD_SIZE": "2", "MASTER_PORT": "29511"}, ["RANK"]),
+        ({"WORLD_SIZE": "2", "MASTER_PORT": "29511", "RANK": "0"}, ["MASTER_ADDR"]),
+    ],
+)
+def test_environment_that_is_not_torchruns(environment, words, monkeypatch, capsys):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    words = [*words, "in the environment", "torchrun"]
+    check_refusal("demo --wandb disabled", words, monkeypatch, capsys)
+
+
+def test_more_processes_than_gpus(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    words = ["LOCAL_WORLD_SIZE: 3 processes for 2 GPUs", "--nproc-per-node 2"]
+    check_refusal("demo --wandb disabled", words, monkeypatch, capsys)
+
+
+def test_run_that_is_there_or_in_use_or_cannot_be_made(monkeypatch, capsys):
+    with lock_folder(Path("checkpoints/demo")):
+        words = ["name", "another process", "checkpoints/demo", "another --name"]
+        check_refusal("demo --wandb disabled", words, monkeypatch, capsys)
+    Path("checkpoints/demo/log.csv").write_text("mine")
+    words = ["name", "checkpoints/demo", "log.csv", "--resume", "--overwrite", "another --name"]
+    check_refusal("demo", words, monkeypatch, capsys)
+    shutil.rmtree("checkpoints")
+    Path("checkpoints").write_text("a file")
+    words = ["name", "checkpoints/demo", "cannot be written"]
+    check_refusal("demo --wandb disabled", words, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("dataset", "mnist"),  # a choice
+        ("epochs", "30"),  # an integer
+        ("epochs", True),
+        ("lr", "0.1"),  # a number
+        ("lr", None),
+        ("num_blocks", 3),  # a list
+        ("num_blocks", "333"),
+        ("conv_kernel", 3.0),  # an integer or a list
+        ("bfloat16", 1),  # a bool
+        ("data_dir", None),  # a text
+        ("name", None),
+    ],
+)
+def test_bad_value_given_in_python(field, value):
+    """What the command line's types would catch, other scripts can still pass to train()."""
+    with pytest.raises(InputError, match=f"^{field}: ") as error:
+        check_config(replace(PRESETS["model1"], **{field: value}))
+    assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "folder"])
+def test_output_that_must_not_be_replaced(kind):
+    os.mkfifo("pipe")
+    Path("link").symlink_to("other")
+    Path("folder").mkdir()
+    with pytest.raises(InputError, match=f"json: {kind} is a .*; name a file"):
+        utils.check_output("json", kind)
+
+
+# ---------------------------------------------------------------- what is understood
+
+
+def test_every_preset_is_sound_and_has_a_claim():
+    assert PRESETS.keys() == CLAIMS.keys()
+    for config in PRESETS.values():
+        check_config(config)
+
+
+def test_command_line_overrides_a_preset_or_a_file():
+    line = "model1 --epochs 30 --lr 0.1 --num-blocks 1 2 --conv-kernel 3 5 --flip none --name try"
+    changes = {"epochs": 30, "lr": 0.1, "num_blocks": (1, 2), "conv_kernel": (3, 5)}
+    expected = replace(PRESETS["model1"], **changes, flip="none", name="try")
+    assert parse_command_line(line.split()) == expected
+    assert parse_command_line([]) == PRESETS["tpsnet"]
+    constants = json.dumps(asdict(replace(TINY, c1=5)))
+    Path("best.json").write_text(constants, encoding="utf-8-sig")  # with a byte order mark
+    assert load_config("best.json") == replace(TINY, c1=5)
+    for line in ("--config best.json --epochs 300", "--epochs=300 --config=best.json"):
+        assert parse_command_line(line.split()) == replace(TINY, c1=5, epochs=300)
+
+
+def test_help_lists_the_preset_the_file_and_every_constant_in_groups(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run_main("train", "-h", monkeypatch=monkeypatch) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    words = " ".join(text.replace("│", " ").split())
+    assert all(f"{name} {claim}" in words for name, claim in CLAIMS.items())
+    headings = re.findall(r"─ (\w+) options ─", text)
+    assert headings == ["network", "data", "optimization", "arithmetic", "run"]
+    assert "--config" in words and "{tpsnet,model1" in words
+    sources = "".join(inspect.getsource(group) for group in GROUPS)
+    explained = re.findall(r'    (\w+): .*\n    """(.*)"""', sources)
+    assert {name for name, _ in explained} == {field.name for field in fields(Config)}
+    for name, explanation in explained:
+        assert f"--{name.replace('_', '-')}" in words
+        assert explanation in words
+    assert "defaults below are those of demo" in help_of("demo", monkeypatch, capsys)
+
+
+def help_of(preset, monkeypatch, capsys):
+    assert run_main("train", preset, "--help", monkeypatch=monkeypatch) == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_schedules_are_functions_of_the_constants():
+    config = replace(TINY, epochs=100, small_fraction=0.29, small_size=20)  # .29 x 100 < 29
+    sizes = [config_module.image_size(config, epoch) for epoch in (1, 29, 30, 100)]
+    assert sizes == [20, 20, 32, 32]
+    for batch_size, limit, steps in ((16, 0, 7), (20, 0, 5), (16, 3, 3), (16, 9, 7)):
+        config = replace(TINY, batch_size=batch_size, max_steps_per_epoch=limit)
+        assert config_module.steps_per_epoch(config, 100) == steps
+
+
+# ---------------------------------------------------------------- how a script starts
+
+
+SCRIPTS = ["train.py", "test.py", "predict.py", "export.py"]
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "engine/__init__.py", "engine/script.py"])
+def test_older_pythons_can_parse_it(name):
+    """Or they could not say which Python is needed."""
+    ast.parse((ROOT / name).read_text(encoding="utf-8"), feature_version=(3, 8))
+
+
+@pytest.mark.parametrize("version", [(3, 8, 20), (3, 10, 0)])
+def test_old_python_is_one_line(version):
+    code = f"import sys, runpy; sys.version_info = {version}; sys.argv = ['train.py'];"
+    code += f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: python: this is 3.{version[1]}; use 3.11")
+    assert result.stderr.count("\n") == 1
+
+
+def test_missing_library_is_one_line_and_a_missing_file_of_ours_a_traceback():
+    Path("torch.py").write_text("raise ModuleNotFoundError('gone', name='torch.nn')")
+    result = run("train.py", "demo", PYTHONPATH=".")
+    assert result.stderr == "error: torch: not installed; run `pip install -r requirements.txt`\n"
+    assert result.returncode == 2
+    Path("torch.py").write_text("raise ModuleNotFoundError('which someone edits', name='model')")
+    result = run("train.py", "demo", PYTHONPATH=".")
+    assert "Traceback" in result.stderr and "which someone edits" in result.stderr
+    assert result.returncode == 1
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Run a function as the `main` of a script; returns its exit status."""
+
+    def start(main):
+        monkeypatch.setitem(sys.modules, "fake", SimpleNamespace(main=main))
+        return run_main("fake", monkeypatch=monkeypatch)
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (InputError("c1: 0, too few; use 1"), 2, "error: c1: 0, too few; use 1"),
+        (DivergenceError("the loss is nan"), 1, "error: the loss is nan"),
+        (SearchError("no trial succeeded"), 1, "error: no trial succeeded"),
+        (StoppedError(signal.SIGTERM, "stopped by SIGTERM"), 143, "stopped by SIGTERM"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nAnd more"), 2, "error: batch_size: CUDA"),
+        (ModuleNotFoundError("no", name="tyro"), 2, "error: tyro: not installed; run `pip install"),
+        (ModuleNotFoundError("no", name="ray.tune"), 2, "error: ray: not installed"),
+        (OSError(28, "No space left"), 2, "error: [Errno 28] No space left"),
+        (BrokenPipeError(), 141, ""),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_error_is_one_line_and_a_status(error, status, line, script, monkeypatch, capsys):
+    def main(_args):
+        raise error
+
+    with Path("out.txt").open("w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        assert script(main) == status
+    errors = capsys.readouterr().err
+    assert errors.startswith(line)
+    assert errors.count("\n") == bool(line)
+
+
+def test_other_errors_keep_their_traceback(script):
+    with pytest.raises(ZeroDivisionError):
+        script(lambda _: 1 / 0)
+
+
+def test_output_that_cannot_be_written_or_knows_no_unicode(script, monkeypatch, capsys):
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert script(lambda _: print("94.8")) == 2
+    assert "No space left" in capsys.readouterr().err
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    assert script(lambda _: print("94.8 ± 0.1")) == 0
+    assert raw.getvalue() == b"94.8 ? 0.1\n"
+
+
+def test_ctrl_c_while_the_libraries_load():
+    process = subprocess.Popen(command("train.py", "-h"), stderr=subprocess.PIPE, text=True)
+    while "torch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[1] == ""
+    assert process.returncode == -signal.SIGINT  # which shells call 130
+
+
+def test_compile_without_a_compiler():
+    """Before any work."""
+    result = run("train.py", "demo", "--compile", CXX="/nowhere/g++")
+    assert result.stderr.startswith("error: compile: torch.compile does not work here (")
+    assert "a C++ compiler, or use --no-compile" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.returncode == 2
+    assert not Path("checkpoints").exists()
+
+
+IMPORTING = """
+import atexit, importlib, json, os, pathlib, signal, sys, threading, warnings
+import filelock, matplotlib.figure, numpy, PIL.Image, PIL.ImageOps, safetensors.torch
+import scipy.optimize, torch, torch.optim.swa_utils, torch.utils.flop_counter, torchvision, tqdm
+from torch.nn.parallel import DistributedDataParallel
+
+def state():
+    return {
+        "hooks": [repr(h) for h in (sys.excepthook, threading.excepthook, sys.unraisablehook)],
+        "handlers": [repr(signal.getsignal(number)) for number in signal.valid_signals()],
+        "exit": atexit._ncallbacks(),
+        "environment": dict(os.environ),
+        "warnings": [repr(entry) for entry in warnings.filters],
+        "streams": [(id(s), s.errors, s.encoding) for s in (sys.stdin, sys.stdout, sys.stderr)],
+        "process": [sys.argv, sys.path, os.getcwd(), threading.active_count()],
+        "torch": [torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(),
+                  torch.are_deterministic_algorithms_enabled(), torch.initial_seed(),
+                  torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32],
+        "files": sorted(map(str, pathlib.Path().iterdir())),
+    }
+
+for name in sys.argv[1:]:
+    before = state()
+    importlib.import_module(name)
+    after = state()
+    for part in before:
+        if before[part] != after[part]:
+            print(name, part, before[part], after[part])
+"""
+
+
+def test_importing_changes_nothing():
+    modules = ["train", "test", "predict", "export", "hubconf", "search"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-c", IMPORTING, *modules]
+    result = subprocess.run(line, env=env, capture_output=True, text=True)
+    assert (result.stdout, result.stderr, result.returncode) == ("", "", 0)
+
+
+def test_commit_of_a_repository_around_ours_is_not_ours(monkeypatch):
+    outer = Path("outer")
+    shutil.copytree(ROOT, outer / "ours", ignore=lambda *_: {".git", "data", "checkpoints"})
+    for words in ("init -q", "add .", "-c user.name=x -c user.email=x commit -qm outer"):
+        subprocess.run(["git", *words.split()], cwd=outer, check=True)
+    monkeypatch.setattr(utils, "__file__", str(outer / "ours" / "utils.py"))
+    monkeypatch.setenv("GIT_DIR", str(outer.resolve() / ".git"))  # as in a hook
+    assert utils.git_commit.__wrapped__() == "unknown"

@@ -1,0 +1,624 @@
+"""A run cannot be lost: kills, signals, full disks, two runs at once, divergence, damaged files."""
+
+import fcntl
+import functools
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import termios
+import threading
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY, command, run_main
+from faults import RECIPES, Fork, digest, result
+
+import utils
+from config import PRESETS, record
+from data import load_dataset, train_batches
+from engine import distributed
+from engine.checkpoint import PREVIOUS, load_model, load_state, read_state, save_state
+from engine.evaluate import evaluate
+from engine.run import RUN_FILES, Run, lock_folder
+from engine.script import stop_signals
+from learner import Learner
+from model import Architecture
+from train import train, train_seeds
+from utils import DivergenceError, InputError, part_of
+
+FOLDER = Path("checkpoints/tiny")
+EACH_STEP = replace(TINY, save_minutes=0.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As in the forks: the number of threads decides how sums are rounded."""
+    number = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(number)
+
+
+def where(folder=FOLDER):
+    """Whole epochs, and steps since, of the saved state."""
+    position = load_state(folder / "last.pt")[0]["metrics"]
+    return len(position["log"]), position["step"]
+
+
+def log(folder=FOLDER):
+    return [{**row, "seconds": ""} for row in utils.read_csv(folder / "log.csv")]
+
+
+def files():
+    """All files with their content, but for locks."""
+    paths = (path for path in Path("checkpoints").rglob("*") if path.name != "run.lock")
+    return {path: path.is_dir() or path.read_bytes() for path in paths}
+
+
+# ---------------------------------------------------------------- resuming equals the whole run
+
+PROXY, AVERAGE = RECIPES[2], RECIPES[3]  # with Muon and smaller images first; with dropout
+STEPS = TINY.max_steps_per_epoch  # each step and each epoch's end is a save, and so is the start
+RECIPE = {
+    "tiny": EACH_STEP,
+    "proxy, muon": replace(PROXY, name="tiny", max_steps_per_epoch=3),
+    "average, dropout, scaled": replace(AVERAGE, name="tiny", max_steps_per_epoch=3),
+}
+MOMENTS = {
+    "kill while the first state is saved": ("last.pt", 1, signal.SIGKILL, None),
+    "kill in mid-epoch": (PREVIOUS, 6, signal.SIGKILL, (1, 1)),
+    "kill between the two renamings": ("last.pt", 7, signal.SIGKILL, (1, 1)),
+    "kill after an epoch's last step": (PREVIOUS, 4, signal.SIGKILL, (0, 3)),
+    "kill after an epoch before its log row": ("log.csv", 1, signal.SIGKILL, (1, 0)),
+    "kill after the last epoch before the test": ("log.csv", -1, signal.SIGKILL, "end"),
+    "kill after the test": ("model.safetensors", -1, signal.SIGKILL, "end"),
+    "SIGTERM in mid-epoch": (PREVIOUS, 5, signal.SIGTERM, (1, 2)),
+    "SIGINT before the validation": (PREVIOUS, 3, signal.SIGINT, (0, 3)),  # if there is one
+    "SIGUSR1 at an epoch's end": (PREVIOUS, 4, signal.SIGUSR1, (1, 1)),
+    "SIGHUP after the last epoch": ("log.csv", -1, signal.SIGHUP, "end"),
+}
+TINY_MOMENTS = [moment for moment in MOMENTS if "validation" not in moment]
+CASES = [
+    *((moment, "tiny") for moment in TINY_MOMENTS),
+    ("kill in mid-epoch", "proxy, muon"),
+    ("SIGTERM in mid-epoch", "proxy, muon"),
+    ("kill between the two renamings", "average, dropout, scaled"),
+    ("SIGINT before the validation", "average, dropout, scaled"),
+]
+
+
+@functools.cache
+def whole(config):
+    """Digests of what an unbroken run leaves."""
+    fork = Fork(config)
+    assert fork.wait() == 0, fork.lines
+    found = result(config)
+    shutil.rmtree("checkpoints")
+    return found
+
+
+@pytest.mark.parametrize(("moment", "recipe"), CASES, ids=map(", ".join, CASES))
+def test_resuming_equals_the_whole_run_to_the_bit(moment, recipe):
+    config = RECIPE[recipe]
+    expected = whole(config)
+    name, nth, number, position = MOMENTS[moment]
+    if nth < 0:  # of the last epoch, or of the end
+        nth = config.epochs + (name == "model.safetensors")
+    fork = Fork(config, {(name, nth): number})
+    status = fork.wait()
+    if number == signal.SIGKILL:
+        assert status == -number
+    else:
+        assert status == 128 + number
+        assert any(f"stopped by {signal.Signals(number).name} after" in s for s in fork.lines)
+        assert any("--resume goes on from there" in line for line in fork.lines)
+    if position:
+        assert where() == ((config.epochs, 0) if position == "end" else position)
+    again = Fork(replace(config, resume=True))
+    assert again.wait() == 0, again.lines
+    assert not any(line.startswith(("error", "Traceback")) for line in again.lines)
+    assert result(config) == expected
+
+
+def test_damaged_state_gives_way_to_the_previous_one_even_if_killed_then():
+    """The first save must not make the damaged one the previous one."""
+    expected = whole(EACH_STEP)
+    assert Fork(EACH_STEP, {(PREVIOUS, 6): signal.SIGKILL}).wait() == -signal.SIGKILL
+    path = FOLDER / "last.pt"
+    path.write_bytes(path.read_bytes()[:-100])
+    resumed = replace(EACH_STEP, resume=True)
+    killed = Fork(resumed, {("last.pt", 2): signal.SIGKILL})
+    assert killed.wait() == -signal.SIGKILL
+    assert any("warning: " in line and PREVIOUS in line for line in killed.lines)
+    assert Fork(resumed).wait() == 0
+    assert result(EACH_STEP) == expected
+
+
+def test_run_of_before_goes_on():
+    """Of a commit with the same keys in last.pt, but without a constant that is newer."""
+    expected = whole(EACH_STEP)
+    assert Fork(EACH_STEP, {(PREVIOUS, 6): signal.SIGKILL}).wait() == -signal.SIGKILL
+    state = read_state(FOLDER / "last.pt")
+    assert set(state) == {"config", "data_fingerprint", "learner", "metrics"}
+    assert set(state["learner"]) == {"model", "optimizers", "ema", "steps"}
+    kept = {"log", "step", "seen", "loss", "correct", "lr", "seconds", "wandb_id"}
+    assert set(state["metrics"]) == kept
+    del state["config"]["cutout_size"]
+    save_state(FOLDER / "last.pt", state)
+    with pytest.raises(InputError, match=r"cutout_size: 4, but .* started with 0"):
+        Run(replace(EACH_STEP, resume=True, cutout_size=4))
+    assert Fork(replace(EACH_STEP, resume=True)).wait() == 0
+    assert result(EACH_STEP) == expected
+
+
+def test_what_a_killed_process_was_writing_is_removed(tiny):
+    leftover = FOLDER / f"{utils.TEMPORARY}abc"
+    leftover.mkdir(parents=True)
+    (leftover / "last.pt").write_text("half")
+    train(replace(tiny, epochs=1))
+    assert not leftover.exists()
+
+
+# ---------------------------------------------------------------- signals
+
+
+def test_signal_too_late_to_matter_lets_the_run_finish():
+    """The network is tested when it comes."""
+    fork = Fork(EACH_STEP, {("model.safetensors", 4): signal.SIGTERM})
+    assert fork.wait() == 0
+    assert load_model(FOLDER / "model.safetensors")[1]["accuracy"]["test"] is not None
+    assert any("test accuracy" in line for line in fork.lines)
+
+
+def test_second_ctrl_c_stops_at_once():
+    fork = Fork(EACH_STEP, {(PREVIOUS, 5): signal.SIGINT, (PREVIOUS, 6): signal.SIGINT})
+    assert fork.wait() == 130
+    assert "again to stop at once" in fork.lines[-2]
+    assert "--resume goes on" in fork.lines[-1]
+    assert where() in ((1, 1), (1, 2))  # the step was not ended, or its save not
+
+
+@pytest.mark.parametrize(
+    ("ending", "nth", "begun"),
+    [
+        ("tiny-0/model.safetensors", 4, ["tiny-0"]),  # while the first network finishes
+        ("tiny-1/config.json", 1, ["tiny-0", "tiny-1"]),  # before the second one's first step
+    ],
+)
+def test_signal_stops_before_the_next_seed(ending, nth, begun):
+    config = replace(EACH_STEP, seeds=3)
+    fork = Fork(config, {(ending, nth): signal.SIGINT})
+    assert fork.wait() == 130
+    assert "stopped by SIGINT" in fork.lines[-1]
+    assert fork.lines[-1].endswith("the same command with --resume goes on from there")
+    assert sorted(path.name for path in Path("checkpoints").iterdir()) == begun
+    fork = Fork(replace(config, resume=True))
+    assert fork.wait() == 0
+    assert "3 seeds: test accuracy" in fork.lines[-1]
+
+
+def test_stop_signals_nest_and_leave_the_handlers_as_they_were():
+    before = {name: signal.getsignal(getattr(signal, name)) for name in stop_signals.NAMES}
+    with stop_signals:
+        with stop_signals:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop_signals.received == signal.SIGTERM  # the outer block still has to stop
+    with stop_signals:
+        assert stop_signals.received == 0
+    after = {name: signal.getsignal(getattr(signal, name)) for name in stop_signals.NAMES}
+    assert after == before
+
+
+def test_training_in_a_thread_hears_no_signals(tiny):
+    threads = [threading.Thread(target=train, args=(replace(tiny, epochs=1),))]
+    threads[0].start()
+    threads[0].join()
+    assert len(log()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ignored", [False, True], ids=["", "nohup"])
+def test_closed_terminal(ignored):
+    """The terminal goes in mid-training: saved as at SIGTERM; under nohup the run goes on."""
+    name = "demo --name tiny --batch-size 16 --max-steps-per-epoch 3 --wandb disabled".split()
+    line = command("train.py", *name, "--epochs", 12 if ignored else 400)
+    master, slave = os.openpty()
+    process = subprocess.Popen(
+        ["nohup", *line] if ignored else line,
+        stdin=slave,
+        stdout=subprocess.PIPE if ignored else slave,
+        stderr=subprocess.DEVNULL if ignored else slave,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(slave)
+    output = process.stdout.fileno() if ignored else master
+    shown = b""
+    while not re.search(rb"epoch +2/", shown):
+        shown += os.read(output, 1000)
+    os.close(master)
+    assert process.wait(timeout=60) == (0 if ignored else 128 + signal.SIGHUP)
+    assert where()[0] == 12 if ignored else 2 <= where()[0] < 400
+
+
+@pytest.mark.slow
+def test_slurm_script_of_the_docs_requeues_itself(tmp_path):
+    """With stand-ins for srun, which here warns of the end of the time, and scontrol."""
+    page = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    script = re.search(r"```sh\n(#!/bin/bash\n.*?)```", page, re.DOTALL).group(1)
+    assert "srun python train.py tpsnet --wandb offline --resume\n" in script
+    small = "demo --name tpsnet --epochs 400 --max-steps-per-epoch 2 --wandb offline"
+    script = script.replace("train.py tpsnet --wandb offline", f"{ROOT / 'train.py'} {small}")
+    srun = """
+        shift
+        "$PYTHON" "$@" > out.txt &
+        until grep -q "^epoch *2/" out.txt; do sleep 0.1; done
+        kill -USR1 $!
+        wait $!
+    """
+    for name, text in {"srun": srun, "scontrol": 'echo "$@" > scontrol.txt'}.items():
+        Path(name).write_text(f"#!/bin/bash\n{text}\n")
+        Path(name).chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
+    env |= {"PYTHON": sys.executable}
+    job = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True)
+    assert "stopped by SIGUSR1 after epoch " in job.stderr
+    assert Path("scontrol.txt").read_text() == "requeue 77\n"
+    assert job.returncode == 0
+
+
+# ---------------------------------------------------------------- the verdict, and the folder
+
+
+@pytest.mark.parametrize("name", RUN_FILES)
+def test_any_file_of_a_run_protects_it(tiny, name):
+    FOLDER.mkdir(parents=True)
+    (FOLDER / name).write_text("mine")
+    with pytest.raises(InputError, match=f"holds a run already .{name}.; .* --overwrite"):
+        Run(tiny)
+    assert files() == {FOLDER: True, FOLDER / name: b"mine"}
+
+
+def test_verdict_comes_before_any_work_and_changes_nothing(tiny):
+    """Of several seeds, too: what stands in the way of the last one is said at once."""
+    train(replace(tiny, name="tiny-2", epochs=1))
+    before = files()
+    config = replace(tiny, seeds=3)
+    with pytest.raises(InputError, match="checkpoints/tiny-2 holds a run already"):
+        train_seeds(config)
+    with pytest.raises(InputError, match="c1: 9, but the run in .*tiny-2 was started with 8"):
+        train_seeds(replace(config, c1=9, resume=True))
+    for changes in ({"name": "new"}, {"resume": True}, {"overwrite": True}):
+        Run(replace(tiny, **{"name": "tiny-2"} | changes))
+    assert files() == before
+
+
+def test_resume_starts_a_run_where_there_is_none_but_not_without_its_state(tiny, capsys):
+    train(replace(tiny, epochs=1, resume=True))
+    assert "resume: " in capsys.readouterr().out
+    for name in ("last.pt", PREVIOUS):
+        (FOLDER / name).unlink(missing_ok=True)
+    before = files()
+    with pytest.raises(InputError, match=r"^name: .* a run without its last.pt"):
+        train(replace(tiny, resume=True))
+    assert files() == before
+
+
+def test_overwrite_starts_anew(tiny):
+    _, expected = train(replace(tiny, name="other"))
+    train(replace(tiny, seed=5, epochs=4))
+    for name in ("notes.txt", "model_mistakes.png", "model_mine.png"):
+        (FOLDER / name).write_text("mine")
+    assert train(replace(tiny, overwrite=True))[1] == expected
+    assert len(log()) == 3
+    kept = {path.name for path in FOLDER.iterdir() if path.suffix in (".txt", ".png")}
+    assert kept == {"notes.txt", "model_mine.png", "curves.png"}  # no test of the run before
+    assert read_state(FOLDER / "last.pt")["config"] == record(tiny)
+
+
+def test_second_run_in_a_folder_is_refused(tiny):
+    with (
+        lock_folder(FOLDER),
+        pytest.raises(InputError, match="name: another process is training in .*; give another"),
+    ):
+        train(tiny)
+    assert files() == {FOLDER: True}
+    with lock_folder(FOLDER):  # free again
+        pass
+
+
+def test_state_is_read_again_under_the_lock(tiny):
+    """Another process goes on with the run and ends between our first look and our lock."""
+    train(replace(tiny, epochs=1))
+    digits = load_dataset(tiny)
+    first_look = Run(replace(tiny, resume=True))
+    rows, _ = train(replace(tiny, resume=True, epochs=2))
+    learner = Learner(tiny, digits, torch.device("cpu"))
+    with first_look.opened(digits, learner):
+        assert first_look.log == rows  # to the seconds
+        assert learner.steps == 6
+
+
+def test_run_may_become_longer_but_not_shorter(tiny):
+    config = replace(tiny, schedule="linear", resume=True)
+    train(config)
+    with pytest.raises(InputError, match=r"^epochs: 2, but .* with 3; give that or more"):
+        train(replace(config, epochs=2))
+    train(replace(config, epochs=6))
+    rates = [row["lr"] for row in log()]
+    assert rates == pytest.approx([0.1, 0.2 / 3, 0.1 / 3, 0.05, 0.1 / 3, 0.1 / 6])
+
+
+def test_finished_run_is_only_tested_again_and_how_it_runs_may_change(tiny, capsys):
+    first = train(tiny)
+    FOLDER.rename("checkpoints/renamed")
+    capsys.readouterr()
+    changes = {"name": "renamed", "data_dir": "elsewhere", "save_minutes": 1.0, "download": False}
+    assert train(replace(tiny, resume=True, **changes)) == first
+    assert "epoch 1/" not in capsys.readouterr().out
+    other = replace(load_dataset(tiny), fingerprint="another")
+    with pytest.raises(InputError, match=r"^data_dir: .* not the images"):
+        train(replace(tiny, resume=True, name="renamed"), other)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda state: state["learner"]["model"].update({"linear.weight": torch.ones(3, 3)}),
+        lambda state: state["learner"].pop("optimizers"),
+        lambda state: state["metrics"].pop("seen"),
+        lambda state: state.pop("metrics"),
+        lambda state: state.update(learner=[1, 2]),
+    ],
+    ids=["tensor", "optimizers", "position", "metrics", "list"],
+)
+def test_state_that_does_not_fit_is_refused(tiny, spoil):
+    train(replace(tiny, epochs=1))
+    state = read_state(FOLDER / "last.pt")
+    spoil(state)
+    save_state(FOLDER / "last.pt", state)
+    before = files()
+    with pytest.raises(InputError, match=r"^resume: .*last.pt .*; restore a copy"):
+        train(replace(tiny, epochs=2, resume=True))
+    assert files() == before
+
+
+# ---------------------------------------------------------------- saves
+
+
+@pytest.mark.parametrize(
+    ("minutes", "expected"), [(0.0, [(1, 0), (2, 0), (3, 0)]), (5.0, [(0, 0), (0, 0), (3, 0)])]
+)
+def test_states_are_saved_as_often_as_asked(tiny, minutes, expected):
+    """At the start, after each step, and at the end; in mid-run not within ten seconds."""
+    seen = []
+    train(replace(tiny, save_minutes=minutes), report=lambda _: seen.append(where()))
+    assert seen == expected
+
+
+def test_full_disk_stops_with_one_line_and_leaves_the_checkpoint(tiny):
+    """The kernel refuses to let a file grow: the second epoch's state does not fit any more."""
+    _, whole_score = train(replace(tiny, name="whole"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(InputError, match=r"last.pt: cannot be written \(File too large\);"):
+            train(EACH_STEP, report=lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (4, hard)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(FOLDER.glob(f"{utils.TEMPORARY}*"))
+    assert where() == (1, 0)
+    assert train(replace(tiny, resume=True))[1] == whole_score
+
+
+def test_log_that_cannot_be_written_costs_a_warning(tiny, capsys):
+    """As on Windows, where a spreadsheet holds it; here a folder is in the way at first."""
+
+    def block(rows):
+        if len(rows) == 1:
+            (FOLDER / "log.csv").unlink()
+            (FOLDER / "log.csv").mkdir()
+        elif len(rows) == 2:
+            (FOLDER / "log.csv").rmdir()
+
+    rows, _ = train(tiny, report=block)
+    errors = capsys.readouterr().err
+    assert errors.startswith("warning: ") and "log.csv" in errors
+    assert errors.count("\n") == 1
+    assert len(log()) == len(rows) == 3
+
+
+# ---------------------------------------------------------------- divergence
+
+
+def test_loss_that_is_not_finite_names_its_step_and_is_not_saved(tiny):
+    wild = replace(tiny, lr=900.0, momentum=0.99, epochs=9, max_steps_per_epoch=0, save_minutes=0.0)
+    with pytest.raises(DivergenceError, match=r"^epoch \d, step \d+: the loss is .*lower --lr"):
+        train(wild)
+    for name in ("last.pt", PREVIOUS):
+        state = read_state(FOLDER / name)
+        assert all(tensor.isfinite().all() for tensor in state["learner"]["model"].values())
+
+
+def test_weights_that_are_not_finite_are_never_saved(tiny):
+    """In the very last step, when no loss comes after it: the loop of train.py, spoiled."""
+    config, run, data = replace(tiny, epochs=1), Run(replace(tiny, epochs=1)), load_dataset(tiny)
+    learner = Learner(config, data, torch.device("cpu"))
+
+    def whole_run():
+        with run.opened(data, learner):
+            for images, labels, n in run.steps(train_batches(data, config, 1)):
+                run.add(learner.step(images, labels, n), n)
+            learner.model.linear.bias.data.fill_(float("inf"))
+            run.end_epoch(None)
+
+    with pytest.raises(DivergenceError, match="not finite at lr 0.1; the last good state is"):
+        whole_run()
+    assert where() == (0, 0)
+    assert not (FOLDER / "model.safetensors").exists()
+
+
+# ---------------------------------------------------------------- a run, as a newcomer sees it
+
+
+@pytest.mark.slow
+def test_demo_is_as_accurate_as_it_claims():
+    assert train(replace(PRESETS["demo"], wandb="disabled"))[1].accuracy >= 99
+
+
+def test_demo_reaches_97_percent_and_says_what_to_run_next(demo):
+    folder, output = demo
+    _, info = load_model(folder / "model.safetensors")
+    assert info["accuracy"]["test"] >= 97
+    last_line = output.splitlines()[-1]
+    assert last_line == "next: python test.py checkpoints/demo/model.safetensors"
+    assert f"test accuracy: {info['accuracy']['test']:.2f}% (" in output
+    epochs = [line for line in output.splitlines() if line.startswith("epoch ")]
+    assert len(epochs) == 6  # and no progress bar where the output is no terminal
+    assert all(len(line) < 80 for line in epochs)
+    assert "estimated time on this CPU" in output
+
+
+def test_run_folder_holds_what_the_readme_promises(demo):
+    folder, _ = demo
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"config.json", "log.csv", "last.pt", "model.safetensors", "curves.png"}
+    assert not [name for name in names if name.startswith(".")]  # no temporary left behind
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    constants = asdict(replace(PRESETS["demo"], epochs=6, wandb="offline"))
+    assert json.loads((folder / "config.json").read_text()) == json.loads(json.dumps(constants))
+    rows = utils.read_csv(folder / "log.csv")
+    assert list(rows[0]) == [
+        "epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds",
+    ]  # fmt: skip
+    assert [row["epoch"] for row in rows] == list(range(1, 7))
+    assert rows[0]["train_loss"] > rows[-1]["train_loss"]
+
+
+def test_model_file_explains_itself(demo):
+    folder, _ = demo
+    _, info = load_model(folder / "model.safetensors")
+    digits = load_dataset(PRESETS["demo"])
+    network = part_of(PRESETS["demo"], Architecture)
+    assert info["architecture"] == json.loads(json.dumps(asdict(network)))
+    assert (info["preset"], info["dataset"], info["seed"]) == ("demo", "digits", 0)
+    assert (tuple(info["mean"]), tuple(info["std"])) == (digits.mean, digits.std)
+    assert info["class_names"] == list("0123456789")
+    assert info["data_fingerprint"] == digits.fingerprint
+    assert info["epochs"] == info["config"]["epochs"] == 6
+    assert info["versions"]["torch"] == torch.__version__
+    assert info["git_commit"] == utils.git_commit()
+    assert 0 < info["accuracy"]["train"] <= 100
+    assert info["accuracy"]["val"] is info["temperature"] is None
+
+
+def test_average_is_validated_tested_and_saved_with_its_temperature(tiny, capsys):
+    rows, score = train(replace(tiny, c1=5, ema_decay=0.7, val_size=200))
+    assert " val " in capsys.readouterr().out
+    model, info = load_model(FOLDER / "model.safetensors")
+    averaged = read_state(FOLDER / "last.pt")["learner"]["ema"]
+    assert all(torch.equal(averaged[f"module.{n}"], t) for n, t in model.state_dict().items())
+    digits = load_dataset(replace(tiny, val_size=200))
+    val, test = (evaluate(model, part, digits.normalize) for part in (digits.val, digits.test))
+    # Where channels come last, as while training, some CPUs add up in another order.
+    assert (test.correct, test.total) == (score.correct, score.total)
+    assert rows[-1]["val_loss"] == pytest.approx(val.loss, rel=1e-5)
+    assert info["accuracy"]["val"] == rows[-1]["val_accuracy"]
+    assert info["temperature"] > 0
+    assert info["preset"] == "custom"  # an edited network
+
+
+def test_training_without_test_images_reports_its_epochs_and_tests_nothing(tiny, capsys):
+    data = load_dataset(replace(tiny, val_size=100), test=False)
+    config, reported, again = replace(tiny, name="group/one"), [], []
+    assert train(config, data, lambda log: reported.append(list(log))) == (reported[-1], None)
+    assert [len(log) for log in reported] == [1, 2, 3]
+    assert reported[-1] == utils.read_csv("checkpoints/group/one/log.csv")
+    assert "test accuracy" not in capsys.readouterr().out
+    _, info = load_model("checkpoints/group/one/model.safetensors")
+    assert info["accuracy"]["test"] is None
+    train(replace(config, epochs=4, resume=True), data, lambda log: again.append(list(log)))
+    assert [len(log) for log in again] == [3, 4]  # what was there, at once
+    assert again[0] == reported[-1]
+
+
+def test_a_seed_decides_everything_and_nothing_else_does(tiny):
+    config = replace(tiny, dropout=0.2, epochs=1)
+    weights = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        torch.manual_seed(len(weights))
+        train(replace(config, name=name, seed=seed))
+        weights.append(digest(load_model(f"checkpoints/{name}/model.safetensors")[0].state_dict()))
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_seeds_are_trained_in_turn_and_summed_up(tiny, capsys):
+    config = replace(tiny, epochs=1, seed=3, seeds=3)
+    scores = train_seeds(config)
+    infos = [load_model(f"checkpoints/tiny-{n}/model.safetensors")[1] for n in (3, 4, 5)]
+    assert [info["seed"] for info in infos] == [3, 4, 5]
+    accuracies = [score.accuracy for score in scores]
+    assert [info["accuracy"]["test"] for info in infos] == accuracies
+    mean = sum(accuracies) / 3
+    std = math.sqrt(sum((a - mean) ** 2 for a in accuracies) / 2)
+    half = 4.302653 * std / math.sqrt(3)  # Student's t at 97.5% in two degrees of freedom
+    last = capsys.readouterr().out.splitlines()[-1]
+    numbers = [float(n) for n in re.findall(r"\d+\.\d\d", last)]
+    assert last.startswith("3 seeds: test accuracy ")
+    assert numbers == pytest.approx([mean, std, mean - half, mean + half], abs=0.006)
+    with pytest.raises(InputError, match=r"seeds: 3 .*|seeds: .*, not 3; call train_seeds"):
+        train(config)
+
+
+@pytest.mark.parametrize("name", ["tiny", "proxy, muon"])
+def test_deterministic_kernels_are_asked_for_and_exist(name, monkeypatch):
+    """On a GPU they make a difference; here it is seen that no operation lacks one."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    config = replace(RECIPE[name], epochs=1)
+    try:
+        train(replace(config, deterministic=True))
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cudnn.benchmark
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        distributed.init_processes()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.slow
+def test_compiled_network_learns_the_same_and_is_saved_under_plain_names(tiny):
+    small = {"num_blocks": (1,), "c1": 2, "pool_kernel": 32}  # compiled in seconds
+    config = replace(tiny, **small, epochs=1, bfloat16=False)
+    _, plain = train(replace(config, name="plain"))
+    torch._dynamo.utils.counters.clear()
+    _, compiled = train(replace(config, name="compiled", compile=True))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert compiled.loss == pytest.approx(plain.loss, rel=1e-3)
+    names = [
+        list(load_model(f"checkpoints/{n}/model.safetensors")[0].state_dict())
+        for n in ("plain", "compiled")
+    ]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize(("cycle", "warned"), [(1, False), (2, False), (3, True)])
+def test_a_last_cosine_that_is_cut_off_is_reported(tiny, capsys, cycle, warned):
+    config = replace(tiny, schedule="cosine_restarts", restart_epochs=cycle, epochs=4)
+    train(replace(config, max_steps_per_epoch=1))
+    assert ("restart_epochs" in capsys.readouterr().err) == warned
+
+
+def test_diverged_run_ends_with_one_line_and_status_1(monkeypatch, capsys):
+    line = "demo --lr 900 --momentum 0.99 --epochs 9 --wandb disabled --name wild"
+    assert run_main("train", *line.split(), monkeypatch=monkeypatch) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: epoch ")
+    assert error.count("\n") == 1
