@@ -294,7 +294,7 @@ def test_verdict_comes_before_any_work_and_changes_nothing(tiny):
     config = replace(tiny, seeds=3)
     with pytest.raises(InputError, match="checkpoints/tiny-2 holds a run already"):
         train_seeds(config)
-    with pytest.raises(InputError, match="c1: 9, but the run in .*tiny-2 was started with 8"):
+    with pytest.raises(InputError, match=r"c1: 9, but the run in .*tiny-2 was started with 8"):
         train_seeds(replace(config, c1=9, resume=True))
     for changes in ({"name": "new"}, {"resume": True}, {"overwrite": True}):
         Run(replace(tiny, **{"name": "tiny-2"} | changes))
@@ -327,7 +327,7 @@ def test_overwrite_starts_anew(tiny):
 def test_second_run_in_a_folder_is_refused(tiny):
     with (
         lock_folder(FOLDER),
-        pytest.raises(InputError, match="name: another process is training in .*; give another"),
+        pytest.raises(InputError, match=r"name: another process is training in .*; give another"),
     ):
         train(tiny)
     assert files() == {FOLDER: True}
@@ -459,7 +459,7 @@ def test_weights_that_are_not_finite_are_never_saved(tiny):
             learner.model.linear.bias.data.fill_(float("inf"))
             run.end_epoch(None)
 
-    with pytest.raises(DivergenceError, match="not finite at lr 0.1; the last good state is"):
+    with pytest.raises(DivergenceError, match=r"not finite at lr 0\.1; the last good state is"):
         whole_run()
     assert where() == (0, 0)
     assert not (FOLDER / "model.safetensors").exists()
