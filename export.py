@@ -88,7 +88,7 @@ def export(
     data_dir: str = "data",
     download: bool = True,
 ) -> list[Verdict]:
-    """Export a saved network for apps; each file is checked on the test images in its runtime.
+    """Export a saved network for apps, and check each file in its real runtime.
 
     Args:
         checkpoint: A .safetensors file, or a folder: its newest run, else a released network.

@@ -67,9 +67,7 @@ def predict(
 ) -> list[Answer]:
     """Classify pictures: print a line for each, the most probable classes first.
 
-    The network always answers with one of its classes, often confidently, even if the picture shows
-    something else. If it has a temperature (all released networks do, and runs with --val-size),
-    its probabilities are calibrated for images like those it was trained on.
+    The answer is always one of the network's classes, whatever a picture shows.
 
     Args:
         images: Files, folders, "quoted globs" (** for all folders below), or - for stdin.

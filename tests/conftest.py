@@ -11,6 +11,7 @@ from pathlib import Path
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import filelock
 import numpy as np
 import pytest
 from PIL import Image
@@ -88,11 +89,19 @@ def tiny():
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
-    """The README's first command, but of 6 epochs and with W&B offline: its folder and output."""
-    folder = tmp_path_factory.mktemp("demo")
-    result = run("train.py", "demo", "--epochs", 6, "--wandb", "offline", cwd=folder)
-    assert result.returncode == 0, result.stderr
-    return folder / "checkpoints" / "demo", result.stdout
+    """The README's first command, but of few epochs and with W&B offline: its folder and output."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # once for all processes
+        shared = shared.parent
+    folder = shared / "demo"
+    with filelock.FileLock(shared / "demo.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            result = run("train.py", "demo", "--epochs", 3, "--wandb", "offline", cwd=folder)
+            assert result.returncode == 0, result.stderr
+            (folder / "output.txt").write_text(result.stdout, encoding="utf-8")
+    output = (folder / "output.txt").read_text(encoding="utf-8")
+    return folder / "checkpoints" / "demo", output
 
 
 @pytest.fixture(scope="session")

@@ -181,7 +181,7 @@ def test_signal_too_late_to_matter_lets_the_run_finish():
 def test_second_ctrl_c_stops_at_once():
     fork = Fork(EACH_STEP, {(PREVIOUS, 5): signal.SIGINT, (PREVIOUS, 6): signal.SIGINT})
     assert fork.wait() == 130
-    assert "again to stop at once" in fork.lines[-2]
+    assert any("SIGINT: stopping" in s and "again to stop at once" in s for s in fork.lines)
     assert "--resume goes on" in fork.lines[-1]
     assert where() in ((1, 1), (1, 2))  # the step was not ended, or its save not
 
@@ -294,7 +294,7 @@ def test_verdict_comes_before_any_work_and_changes_nothing(tiny):
     config = replace(tiny, seeds=3)
     with pytest.raises(InputError, match="checkpoints/tiny-2 holds a run already"):
         train_seeds(config)
-    with pytest.raises(InputError, match="c1: 9, but the run in .*tiny-2 was started with 8"):
+    with pytest.raises(InputError, match=r"c1: 9, but the run in .*tiny-2 was started with 8"):
         train_seeds(replace(config, c1=9, resume=True))
     for changes in ({"name": "new"}, {"resume": True}, {"overwrite": True}):
         Run(replace(tiny, **{"name": "tiny-2"} | changes))
@@ -327,7 +327,7 @@ def test_overwrite_starts_anew(tiny):
 def test_second_run_in_a_folder_is_refused(tiny):
     with (
         lock_folder(FOLDER),
-        pytest.raises(InputError, match="name: another process is training in .*; give another"),
+        pytest.raises(InputError, match=r"name: another process is training in .*; give another"),
     ):
         train(tiny)
     assert files() == {FOLDER: True}
@@ -438,13 +438,13 @@ def test_log_that_cannot_be_written_costs_a_warning(tiny, capsys):
 # ---------------------------------------------------------------- divergence
 
 
-def test_loss_that_is_not_finite_names_its_step_and_is_not_saved(tiny):
-    wild = replace(tiny, lr=900.0, momentum=0.99, epochs=9, max_steps_per_epoch=0, save_minutes=0.0)
-    with pytest.raises(DivergenceError, match=r"^epoch \d, step \d+: the loss is .*lower --lr"):
-        train(wild)
-    for name in ("last.pt", PREVIOUS):
-        state = read_state(FOLDER / name)
-        assert all(tensor.isfinite().all() for tensor in state["learner"]["model"].values())
+def test_loss_that_is_not_finite_ends_with_one_line_and_is_not_saved(monkeypatch, capsys):
+    line = "demo --name tiny --lr 900 --momentum 0.99 --batch-size 16 --max-steps-per-epoch 20"
+    assert run_main("train", *line.split(), "--wandb=disabled", monkeypatch=monkeypatch) == 1
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"error: epoch \d, step \d+: the loss is .*lower --lr.*\n", error)
+    state = read_state(FOLDER / "last.pt")
+    assert all(tensor.isfinite().all() for tensor in state["learner"]["model"].values())
 
 
 def test_weights_that_are_not_finite_are_never_saved(tiny):
@@ -459,7 +459,7 @@ def test_weights_that_are_not_finite_are_never_saved(tiny):
             learner.model.linear.bias.data.fill_(float("inf"))
             run.end_epoch(None)
 
-    with pytest.raises(DivergenceError, match="not finite at lr 0.1; the last good state is"):
+    with pytest.raises(DivergenceError, match=r"not finite at lr 0\.1; the last good state is"):
         whole_run()
     assert where() == (0, 0)
     assert not (FOLDER / "model.safetensors").exists()
@@ -473,15 +473,15 @@ def test_demo_is_as_accurate_as_it_claims():
     assert train(replace(PRESETS["demo"], wandb="disabled"))[1].accuracy >= 99
 
 
-def test_demo_reaches_97_percent_and_says_what_to_run_next(demo):
+def test_demo_reaches_90_percent_in_three_epochs_and_says_what_to_run_next(demo):
     folder, output = demo
     _, info = load_model(folder / "model.safetensors")
-    assert info["accuracy"]["test"] >= 97
+    assert info["accuracy"]["test"] >= 90
     last_line = output.splitlines()[-1]
     assert last_line == "next: python test.py checkpoints/demo/model.safetensors"
     assert f"test accuracy: {info['accuracy']['test']:.2f}% (" in output
     epochs = [line for line in output.splitlines() if line.startswith("epoch ")]
-    assert len(epochs) == 6  # and no progress bar where the output is no terminal
+    assert len(epochs) == 3  # and no progress bar where the output is no terminal
     assert all(len(line) < 80 for line in epochs)
     assert "estimated time on this CPU" in output
 
@@ -492,13 +492,13 @@ def test_run_folder_holds_what_the_readme_promises(demo):
     assert names >= {"config.json", "log.csv", "last.pt", "model.safetensors", "curves.png"}
     assert not [name for name in names if name.startswith(".")]  # no temporary left behind
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
-    constants = asdict(replace(PRESETS["demo"], epochs=6, wandb="offline"))
+    constants = asdict(replace(PRESETS["demo"], epochs=3, wandb="offline"))
     assert json.loads((folder / "config.json").read_text()) == json.loads(json.dumps(constants))
     rows = utils.read_csv(folder / "log.csv")
     assert list(rows[0]) == [
         "epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds",
     ]  # fmt: skip
-    assert [row["epoch"] for row in rows] == list(range(1, 7))
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
     assert rows[0]["train_loss"] > rows[-1]["train_loss"]
 
 
@@ -512,9 +512,10 @@ def test_model_file_explains_itself(demo):
     assert (tuple(info["mean"]), tuple(info["std"])) == (digits.mean, digits.std)
     assert info["class_names"] == list("0123456789")
     assert info["data_fingerprint"] == digits.fingerprint
-    assert info["epochs"] == info["config"]["epochs"] == 6
+    assert info["epochs"] == info["config"]["epochs"] == 3
     assert info["versions"]["torch"] == torch.__version__
-    assert info["git_commit"] == utils.git_commit()
+    commit = utils.git_commit().removesuffix("-dirty")  # files may be edited while tests run
+    assert info["git_commit"].removesuffix("-dirty") == commit
     assert 0 < info["accuracy"]["train"] <= 100
     assert info["accuracy"]["val"] is info["temperature"] is None
 
@@ -614,11 +615,3 @@ def test_a_last_cosine_that_is_cut_off_is_reported(tiny, capsys, cycle, warned):
     config = replace(tiny, schedule="cosine_restarts", restart_epochs=cycle, epochs=4)
     train(replace(config, max_steps_per_epoch=1))
     assert ("restart_epochs" in capsys.readouterr().err) == warned
-
-
-def test_diverged_run_ends_with_one_line_and_status_1(monkeypatch, capsys):
-    line = "demo --lr 900 --momentum 0.99 --epochs 9 --wandb disabled --name wild"
-    assert run_main("train", *line.split(), monkeypatch=monkeypatch) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: epoch ")
-    assert error.count("\n") == 1

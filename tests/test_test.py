@@ -1,4 +1,4 @@
-"""test.py and engine/evaluate.py: the numbers are those of the network and of their definitions."""
+"""test.py: its numbers are those of the network and of their definitions."""
 
 import json
 import os
@@ -13,8 +13,8 @@ from conftest import run, run_main
 from config import Config
 from data import load_dataset
 from engine.checkpoint import find_checkpoint, load_model, save_model
-from engine.evaluate import Score, calibrate, classify, fit_temperature, score
-from model import Architecture, ResNet, model_cost
+from engine.evaluate import score
+from model import Architecture, model_cost
 from test import confusion_matrix, mcnemar, worst_mistakes
 from utils import TEMPORARY, InputError
 
@@ -35,9 +35,6 @@ def variant(demo):
 def result_of(*args, monkeypatch):
     assert run_main("test", *args, "--json", "result.json", monkeypatch=monkeypatch) == 0
     return json.loads(Path("result.json").read_text())
-
-
-# ---------------------------------------------------------------- test.py
 
 
 def test_repeats_exactly_what_training_printed(demo):
@@ -189,57 +186,3 @@ def test_default_is_the_newest_run_else_a_released_network():
         assert find_checkpoint(folder / name).parent == folder / {"group": "group/run"}.get(
             name, name
         )
-
-
-# ---------------------------------------------------------------- engine/evaluate.py
-
-
-def test_evaluation_leaves_no_trace_and_uses_the_running_statistics():
-    model = ResNet(Architecture((1,), 2, pool_kernel=32, dropout=0.5)).train()
-    images = torch.randint(0, 256, (7, 3, 32, 32), dtype=torch.uint8)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    all_logits = classify(model, images, torch.nn.Identity())
-    one_by_one = torch.cat([classify(model, image[None], torch.nn.Identity()) for image in images])
-    torch.testing.assert_close(all_logits, one_by_one)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert model.training
-
-
-def test_score_and_its_interval():
-    logits = torch.tensor([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0], [2.0, 0.0]])
-    result = score(logits, torch.tensor([0, 1, 1, 0]))
-    assert (result.correct, result.total, result.accuracy) == (3, 4, 75.0)
-    hit, miss = torch.tensor(2.0).exp().add(1).log() - 2, torch.tensor(2.0).exp().add(1).log()
-    assert result.loss == pytest.approx(((3 * hit + miss) / 4).item())
-    # Wilson's interval ends where the observed share lies 1.96 standard errors from the true one.
-    for end in Score(0.0, 9484, 10_000).interval:
-        p = end / 100
-        assert abs(0.9484 - p) == pytest.approx(1.96 * (p * (1 - p) / 10_000) ** 0.5, rel=1e-4)
-    assert Score(0.0, 0, 10).interval == pytest.approx((0.0, 27.75), abs=0.01)
-
-
-def test_calibration_error_is_the_mean_gap_between_confidence_and_accuracy():
-    # Two classes: a confidence of p is a difference of log(p / (1 - p)) between the logits.
-    confidence = torch.tensor([0.9, 0.9, 0.9, 0.9, 0.6, 0.6])
-    logits = torch.stack([torch.logit(confidence.double()), torch.zeros(6)], dim=1)
-    bins = calibrate(logits, torch.tensor([0, 0, 0, 1, 0, 1]))
-    assert bins.count.sum() == 6
-    assert bins.accuracy[bins.count > 0].tolist() == [50, 75]
-    assert bins.mean_confidence == pytest.approx((4 * 90 + 2 * 60) / 6)
-    assert bins.error == pytest.approx((4 * 15 + 2 * 10) / 6)
-    certain = calibrate(torch.tensor([[100.0, 0.0], [0.0, 100.0]]), torch.tensor([0, 1]))
-    assert certain.count[-1] == 2
-    assert certain.error == pytest.approx(0)
-
-
-def test_temperature_calibrates():
-    """Labels are drawn from a softmax; of logits three times as large, the temperature is 3."""
-    generator = torch.Generator().manual_seed(0)
-    logits = 2 * torch.randn(20_000, 10, generator=generator)
-    labels = torch.multinomial(logits.softmax(1), 1, generator=generator).flatten()
-    temperature = fit_temperature(3 * logits, labels)
-    assert temperature == pytest.approx(3, rel=0.03)
-    assert calibrate(3 * logits, labels).error > 15
-    assert calibrate(3 * logits / temperature, labels).error < 1.5
-    always_right = fit_temperature(5 * torch.eye(10), torch.arange(10))
-    assert 0.05 <= always_right < 0.5  # the lower the better, down to the bound
