@@ -128,14 +128,15 @@ def test_resuming_equals_the_whole_run_to_the_bit(moment, recipe):
     assert result(config) == expected
 
 
-def test_damaged_state_gives_way_to_the_previous_one_even_if_killed_then():
+@pytest.mark.parametrize("nth", [1, 2])
+def test_damaged_state_gives_way_to_the_previous_one_even_if_killed_then(nth):
     """The first save must not make the damaged one the previous one."""
     expected = whole(EACH_STEP)
     assert Fork(EACH_STEP, {(PREVIOUS, 6): signal.SIGKILL}).wait() == -signal.SIGKILL
     path = FOLDER / "last.pt"
     path.write_bytes(path.read_bytes()[:-100])
     resumed = replace(EACH_STEP, resume=True)
-    killed = Fork(resumed, {("last.pt", 2): signal.SIGKILL})
+    killed = Fork(resumed, {("last.pt", nth): signal.SIGKILL})
     assert killed.wait() == -signal.SIGKILL
     assert any("warning: " in line and PREVIOUS in line for line in killed.lines)
     assert Fork(resumed).wait() == 0
@@ -208,9 +209,10 @@ def test_signal_stops_before_the_next_seed(ending, nth, begun):
 def test_stop_signals_nest_and_leave_the_handlers_as_they_were():
     before = {name: signal.getsignal(getattr(signal, name)) for name in stop_signals.NAMES}
     with stop_signals:
+        os.kill(os.getpid(), signal.SIGTERM)
         with stop_signals:
-            os.kill(os.getpid(), signal.SIGTERM)
-        assert stop_signals.received == signal.SIGTERM  # the outer block still has to stop
+            assert stop_signals.received == signal.SIGTERM  # every block has to stop
+        assert stop_signals.received == signal.SIGTERM
     with stop_signals:
         assert stop_signals.received == 0
     after = {name: signal.getsignal(getattr(signal, name)) for name in stop_signals.NAMES}
