@@ -270,15 +270,11 @@ def make(kind: str, network: nn.Module, calibration: Tensor, metadata: dict[str,
         InputError: the exporter fails.
     """
     try:
-        match kind:
-            case "onnx":
-                return to_onnx(network, metadata)
-            case "onnx-int8":
-                return to_onnx_int8(network, calibration, metadata)
-            case "pte":
-                return to_pte(network)
-            case "pte-int8":
-                return to_pte_int8(network, calibration)
+        if kind == "onnx":
+            return to_onnx(network, metadata)
+        if kind == "onnx-int8":
+            return to_onnx_int8(network, calibration, metadata)
+        return to_pte(network) if kind == "pte" else to_pte_int8(network, calibration)
     except Exception as error:  # a library of another version can raise anything
         raise InputError(
             f"format: {kind} failed ({first_line(error)}); install the versions of"
