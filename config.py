@@ -211,7 +211,7 @@ CLAIMS = {
     "model2": "94.24% as published, not repeated here yet: [7, 7, 7] blocks",
     "fast": "94.90 ± 0.16% (3 seeds on an NVIDIA H200)",
     "small": "93.72% (1 run on an NVIDIA H200)",
-    "tiny": "89.98% (1 run, 42 min on two cores of an AMD EPYC, with an older Cutout)",
+    "tiny": "89.98% (1 run, 42 min on two cores of an EPYC; an older Cutout)",
     "best": "96.77 ± 0.07% (3 seeds on an NVIDIA H200): the highest accuracy",
     "demo": "99.72% of the digits (1 run, under 2 min on two cores of an EPYC)",
 }
