@@ -71,11 +71,13 @@ def test_misspelled_option_has_status_2(capsys):
     assert stop.value.code == 2
 
 
+@pytest.mark.slow
 def test_failed_contestant_is_named_with_its_status_and_last_line():
     with pytest.raises(InputError, match=r"^classical script: .* status 1: KeyError: 'nosuch'$"):
         benchmark.ask("classical script", {"preset": "nosuch", "compile": False})
 
 
+@pytest.mark.slow
 def test_contestants_train_the_same_network_on_the_same_kind_of_batch():
     sizes, shapes = set(), set()
     for name, make in CONTESTANTS.items():

@@ -161,6 +161,7 @@ def test_state_of_another_memory_format_is_the_same(digits, optimizer):
     assert same(other.model.state_dict(), one.model.state_dict())
 
 
+@pytest.mark.slow
 def test_narrow_network_learns_where_onednn_writes_past_its_memory(digits):
     """As on CPUs with AVX2 alone, where channels that come last crashed the process."""
     config = replace(TINY, c1=3, num_blocks=(1, 1), width=2, pool_kernel=16, epochs=1)

@@ -105,7 +105,21 @@ def whole(config):
     return found
 
 
-@pytest.mark.parametrize(("moment", "recipe"), CASES, ids=map(", ".join, CASES))
+QUICK = (
+    "kill in mid-epoch",
+    "kill after an epoch before its log row",
+    "kill after the last epoch before the test",
+    "SIGTERM in mid-epoch",
+)
+
+
+@pytest.mark.parametrize(
+    ("moment", "recipe"),
+    [
+        pytest.param(*case, id=", ".join(case), marks=[pytest.mark.slow] * (case[0] not in QUICK))
+        for case in CASES
+    ],
+)
 def test_resuming_equals_the_whole_run_to_the_bit(moment, recipe):
     config = RECIPE[recipe]
     expected = whole(config)
@@ -191,7 +205,9 @@ def test_second_ctrl_c_stops_at_once():
     ("ending", "nth", "begun"),
     [
         ("tiny-0/model.safetensors", 4, ["tiny-0"]),  # while the first network finishes
-        ("tiny-1/config.json", 1, ["tiny-0", "tiny-1"]),  # before the second one's first step
+        pytest.param(  # before the second one's first step
+            "tiny-1/config.json", 1, ["tiny-0", "tiny-1"], marks=pytest.mark.slow
+        ),
     ],
 )
 def test_signal_stops_before_the_next_seed(ending, nth, begun):

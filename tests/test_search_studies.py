@@ -1,5 +1,6 @@
 """The studies that search: the configurations of their commands are valid."""
 
+import pytest
 from conftest import ROOT
 
 import utils
@@ -11,6 +12,7 @@ from studies import tpe
 from studies.choices import run as choices
 
 
+@pytest.mark.slow
 def test_every_configuration_is_valid():
     for options, preset, space in (
         (choices.OPTIONS, "tpsnet", choices.space()),

@@ -37,6 +37,7 @@ def result_of(*args, monkeypatch):
     return json.loads(Path("result.json").read_text())
 
 
+@pytest.mark.slow
 def test_repeats_exactly_what_training_printed(demo):
     folder, output = demo
     result = run("test.py", folder, "--json", "result.json")
