@@ -80,6 +80,10 @@ class Optimization:
     """L2 penalty on all parameters (sgd only)."""
     adam_lr: Annotated[float, Range(0, 1000)] = 0.005
     """Learning rate of Adam at the start of the schedule (muon only)."""
+    teacher: str = ""
+    """Model file of a trained network whose predictions are the targets, instead of the labels."""
+    teacher_views: Annotated[int, Range(0, 10_000)] = 0
+    """Repeat this many augmented views, whose answers are kept; 0 for new ones in every epoch."""
     label_smoothing: Annotated[float, Range(0, 1)] = 0.0
     """Fraction of each target spread evenly over all classes."""
     schedule: Literal["cosine", "cosine_restarts", "linear"] = "cosine"
@@ -238,6 +242,11 @@ def image_size(config: Config, epoch: int) -> int:
     return config.small_size if small else IMAGE_SIZE
 
 
+def view_of(config: Config, epoch: int) -> int:
+    """The epoch (from 1) that draws the augmented views on which `epoch` trains."""
+    return (epoch - 1) % config.teacher_views + 1 if config.teacher_views else epoch
+
+
 # ---------------------------------------------------------------- checks, before any work
 
 
@@ -255,6 +264,15 @@ def check_config(config: Config) -> None:
         raise InputError(
             f"warmup_epochs: {config.warmup_epochs} of {config.epochs} epochs; use 0 to"
             f" {config.epochs - 1}"
+        )
+    if config.teacher and config.label_smoothing:
+        raise InputError(
+            f"label_smoothing: {config.label_smoothing} with a teacher, whose answers are soft"
+            " already; use 0"
+        )
+    if config.teacher_views and not config.teacher:
+        raise InputError(
+            f"teacher_views: {config.teacher_views} without a teacher; give a --teacher"
         )
     if config.nesterov and not config.momentum:
         raise InputError("momentum: 0 with nesterov; give one over 0, or --no-nesterov")

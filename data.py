@@ -7,7 +7,7 @@ a run can stop and go on anywhere, on any number of processes.
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import augment
-from config import Config, check_batches, image_size, steps_per_epoch
+from config import Config, check_batches, image_size, steps_per_epoch, view_of
 from engine.distributed import num_processes, rank
 from utils import IMAGE_SIZE, InputError, first_line, generator, warn
 
@@ -49,7 +49,8 @@ RECORD_BYTES = 1 + 3 * IMAGE_SIZE**2  # label, then the red, green and blue plan
 SPLIT_SEED = 0  # of the validation and digits splits; the same in every run, so runs compare
 EVAL_BATCH = 500  # images; the same in all scripts, so that their results agree to the last bit
 
-Batch = tuple[Tensor, Tensor, int]  # images, labels, size of the global batch
+Batch = tuple[Tensor, Tensor, int]  # images, targets (N, C), size of the global batch
+Answers = Callable[[Tensor, Tensor], Tensor]  # views and indices of images to targets (N, C)
 
 
 @dataclass(frozen=True)
@@ -116,33 +117,59 @@ class Normalize(nn.Module):
 
 
 def train_batches(
-    data: Dataset, config: Config, epoch: int, first_step: int = 0
+    data: Dataset,
+    config: Config,
+    epoch: int,
+    first_step: int = 0,
+    answers: Answers | None = None,
 ) -> Iterator[Batch]:
-    """Yield an epoch's batches: augmented, normalized images, their labels, the global batch size.
+    """Yield an epoch's batches: augmented, normalized images, their targets, the global batch size.
 
-    Under torchrun each process gets every n-th image of each global batch, augmented as it would
-    be in one process. The last batch holds what is left over.
+    A target is a probability for each class: the label, smoothed, or the answer of a teacher. The
+    last batch holds what is left over. Under torchrun each process gets every n-th image of each
+    global batch, augmented as it would be in one process.
 
     Args:
         epoch: from 1.
         first_step: the step to begin with, from 0.
+        answers: the targets of the teacher for the views of this epoch.
     """
     num_images, device = len(data.train), data.train.labels.device
-    images, labels = data.train.images, data.train.labels
-    if config.auto_augment:  # the whole epoch at once: 100 calls for any number of images
-        pairs = augment.draw_pairs(num_images, config.seed, epoch)
-        images = augment.auto_augment(images, *pairs)
-    order = torch.randperm(num_images, generator=generator("order", config.seed, epoch))
-    draws = augment.draw(config, order, epoch)
-    # The draws of an epoch go to the device at once, so that no step waits for a transfer.
-    order, *draws = (tensor.to(device) for tensor in (order, *draws))
+    labels = soft_labels(data.train.labels, config)
+    views = augmented(data, config, view_of(config, epoch))
+    order = torch.randperm(num_images, generator=generator("order", config.seed, epoch)).to(device)
     for step in range(first_step, steps_per_epoch(config, num_images)):
         start = step * config.batch_size
         stop = min(start + config.batch_size, num_images)
-        share = slice(start + rank(), stop, num_processes())
-        chosen = order[share]
-        x = augment.apply(config, images[chosen], [d[share] for d in draws], data.normalize)
-        yield augment.shrink(config, x, image_size(config, epoch)), labels[chosen], stop - start
+        chosen = order[start + rank() : stop : num_processes()]
+        images = views(chosen)
+        targets = answers(images, chosen) if answers else labels[chosen]
+        yield augment.shrink(config, images, image_size(config, epoch)), targets, stop - start
+
+
+def augmented(data: Dataset, config: Config, epoch: int) -> Callable[[Tensor], Tensor]:
+    """Draw a view of each training image.
+
+    Returns:
+        A function from the indices of images, (N,), to their views, (N, 3, 32, 32), normalized.
+    """
+    num_images, device = len(data.train), data.train.labels.device
+    images = data.train.images
+    if config.auto_augment:  # the whole epoch at once: 100 calls for any number of images
+        images = augment.auto_augment(images, *augment.draw_pairs(num_images, config.seed, epoch))
+    order = torch.randperm(num_images, generator=generator("order", config.seed, epoch))
+    place = order.argsort()  # of each image in the epoch
+    # The draws of an epoch go to the device at once, so that no step waits for a transfer.
+    draws = [drawn[place].to(device) for drawn in augment.draw(config, order, epoch)]
+    return lambda chosen: augment.apply(
+        config, images[chosen], [drawn[chosen] for drawn in draws], data.normalize
+    )
+
+
+def soft_labels(labels: Tensor, config: Config) -> Tensor:
+    """(N,) labels to (N, C) probabilities; `label_smoothing` is spread evenly over all classes."""
+    hard = F.one_hot(labels, config.num_classes).float()
+    return hard * (1 - config.label_smoothing) + config.label_smoothing / config.num_classes
 
 
 def eval_batches(images: Tensor, normalize: Normalize) -> Iterator[Tensor]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from config import Config, steps_per_epoch
@@ -40,9 +41,6 @@ class Learner:
         self.autocast = distributed.make_autocast(device, config.bfloat16)
         faster = device.type == "cpu" and dtype == torch.bfloat16 and not config.compile
         self.faster_layers = FasterLayers() if faster else contextlib.nullcontext()
-        self.criterion = nn.CrossEntropyLoss(
-            reduction="sum", label_smoothing=config.label_smoothing
-        )
         self.optimizers = make_optimizers(self.model, config, dtype)
         self.rates = (config.lr, config.adam_lr)[: len(self.optimizers)]
 
@@ -51,18 +49,22 @@ class Learner:
         """Learning rate of SGD or Muon in the next step."""
         return self.config.lr * lr_factor(self.config, self.steps, self.steps_per_epoch)
 
-    def step(self, images: Tensor, labels: Tensor, n: int) -> Tensor:
+    def step(self, images: Tensor, targets: Tensor, n: int) -> Tensor:
         """Learn from this process's share of a global batch of `n` images.
 
+        Args:
+            targets: a probability for each class, (N, num_classes).
+
         Returns:
-            The summed loss and the number of correct predictions, (2,), left on the device.
+            The summed cross entropy, and how many predictions are the most probable class of their
+            target, (2,), left on the device.
         """
         logits = self.forward(images)
-        loss = self.criterion(logits, labels)
+        loss = F.cross_entropy(logits, targets, reduction="sum")
         # DDP averages the gradients over the processes. Scaled like this, their mean is that of the
         # mean loss over the global batch, even where the shares differ in size.
         self.update(loss * distributed.num_processes() / n)
-        return torch.stack([loss.detach(), (logits.argmax(1) == labels).sum()])
+        return torch.stack([loss.detach(), (logits.argmax(1) == targets.argmax(1)).sum()])
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) normalized images to (N, num_classes) float32 logits, in training mode."""
@@ -141,11 +143,11 @@ class Proxy:
         Args:
             first_step: number of the first batch in its epoch, from 0.
         """
-        for step, (images, labels, n) in enumerate(batches, start=first_step):
+        for step, (images, targets, n) in enumerate(batches, start=first_step):
             learns = step % PROXY_INTERVAL == 0
             with torch.set_grad_enabled(learns):
-                losses = self.criterion(self.learner.forward(images), labels)
-                losses, chosen = losses.topk(self.kept(len(labels)))
+                losses = self.criterion(self.learner.forward(images), targets.argmax(1))
+                losses, chosen = losses.topk(self.kept(len(targets)))
             processes = distributed.num_processes()
             shares = (len(range(rank, n, processes)) for rank in range(processes))
             n = sum(map(self.kept, shares))
@@ -153,7 +155,7 @@ class Proxy:
                 self.learner.update(losses.sum() * processes / n)  # scaled as in Learner.step
             else:
                 self.learner.steps += 1
-            yield images[chosen], labels[chosen], n
+            yield images[chosen], targets[chosen], n
 
     def kept(self, num_images: int) -> int:
         """How many of `num_images` are kept, at least one."""

@@ -28,6 +28,7 @@ from engine.evaluate import Score, classify, evaluate, fit_temperature
 from engine.progress import Row
 from engine.run import Run, end_by_signal, how_to_go_on
 from engine.script import stop_signals
+from engine.teacher import Teacher
 from learner import Learner, Proxy
 from utils import InputError
 
@@ -66,13 +67,15 @@ def train(
 
     learner = Learner(config, data, device)
     proxy = Proxy(config, data, device) if config.keep_fraction < 1 else None
-    with run.opened(data, learner, proxy):  # locked, and resumed if there is a saved state
+    teacher = Teacher(config, data, device) if config.teacher else None
+    with run.opened(data, learner, proxy, teacher):  # locked, and resumed if there is a saved state
         while run.epoch < config.epochs:
-            batches = train_batches(data, config, run.epoch + 1, first_step=run.step)
+            answers = teacher.answers(run.epoch + 1, run.stop_if_asked) if teacher else None
+            batches = train_batches(data, config, run.epoch + 1, run.step, answers)
             if proxy:
                 batches = proxy.hardest(batches, run.step)
-            for images, labels, n in run.steps(batches):  # saves and stops between two steps
-                run.add(learner.step(images, labels, n), n)  # forward, backward, update
+            for images, targets, n in run.steps(batches):  # saves and stops between two steps
+                run.add(learner.step(images, targets, n), n)  # forward, backward, update
             learner.synchronize_buffers()
             run.end_epoch(evaluate(learner.eval_model, data.val, data.normalize, run.stop_if_asked))
 

@@ -42,6 +42,9 @@ def print_plan(config: Config, data: Dataset, device: torch.device, position: st
     dtype = dtype_name(compute_dtype(device, config.bfloat16))
     steps = steps_per_epoch(config, len(data.train))
     print(f"epochs: {config.epochs} of {steps:,} steps, on {device.type}{number}, {dtype}")
+    if config.teacher:
+        number = config.teacher_views or "new"
+        print(f"teacher: {config.teacher}, {number} views of each image")
     annealed, cycle = config.epochs - config.warmup_epochs, config.restart_epochs
     if config.schedule == "cosine_restarts" and annealed % cycle:
         warn(

@@ -28,6 +28,7 @@ from engine.distributed import (
 from engine.evaluate import Score
 from engine.progress import Progress, Row, WandbRun, print_plan
 from engine.script import stop_signals
+from engine.teacher import Teacher
 from learner import Learner, Proxy
 from model import Architecture
 from utils import (
@@ -133,7 +134,13 @@ class Run:
             )
 
     @contextlib.contextmanager
-    def opened(self, data: Dataset, learner: Learner, proxy: Proxy | None = None) -> Iterator[None]:
+    def opened(
+        self,
+        data: Dataset,
+        learner: Learner,
+        proxy: Proxy | None = None,
+        teacher: Teacher | None = None,
+    ) -> Iterator[None]:
         """Within the block, the folder is locked, and stop signals are noted.
 
         A resumed run continues from its saved state, a new one deletes what was in the folder.
@@ -144,7 +151,8 @@ class Run:
             StoppedError: a signal asked to end; the state is saved.
         """
         self.data, self.learner = data, learner
-        self._parts = {"learner": learner} | ({"proxy": proxy} if proxy else {})
+        parts = {"learner": learner, "proxy": proxy, "teacher": teacher}
+        self._parts = {name: part for name, part in parts.items() if part}
         self.progress = Progress(self.config, len(data.train))
         with lock_folder(self.folder), stop_signals:
             if self._files() != self._stamp:  # another process has trained here in the meantime
@@ -353,6 +361,7 @@ class Run:
             "seed": config.seed,
             "trained_in": dtype_name(dtype),
             "data_fingerprint": data.fingerprint,
+            "teacher_sha256": self._parts["teacher"].sha256 if config.teacher else None,
             "unofficial_data_files": data.unofficial,
             "versions": library_versions(),
             "git_commit": git_commit(),

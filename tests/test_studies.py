@@ -7,6 +7,7 @@ import utils
 from config import check_config
 from studies import ablation, figures, levers
 from studies.best import run as best
+from studies.teacher import run as teacher
 
 STUDIES = {  # configurations, CSV, its column, and the changes in it that have no code any more
     "ablation": (ablation.CHANGES, ablation.configuration, "ablation.csv", "change", set()),
@@ -54,3 +55,12 @@ def test_figures_are_drawn_from_the_records(tmp_path):
     figures.main([])
     drawn = {path.name for path in (tmp_path / "images").iterdir()}
     assert {"architecture.png", "benchmark.png", "fast.png", "tpsnet.png", "family.png"} <= drawn
+
+
+@pytest.mark.parametrize("stage", teacher.ARMS)
+def test_arms_of_the_teachers_trial_differ_in_one_thing(stage):
+    for arm in teacher.ARMS[stage]:
+        config = teacher.configuration(stage, arm, 1)
+        check_config(config)
+        assert (config.seed, config.val_size, config.resume) == (1, 5000, True)
+        assert config.teacher or config.label_smoothing

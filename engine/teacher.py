@@ -1,0 +1,153 @@
+"""A trained network that teaches another one: its answers to augmented views are the targets.
+
+The student learns from the teacher's probabilities alone, without the labels (knowledge
+distillation; Hinton et al., arXiv:1503.02531), and sees the views that the teacher saw (Beyer et
+al., arXiv:2106.05237). Answers can be kept and repeated (Shen & Xing, arXiv:2112.01528).
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from config import Config, Data, view_of
+from data import EVAL_BATCH, Answers, Dataset, augmented
+from engine.checkpoint import checksum, load_model
+from engine.distributed import all_reduce_sum, is_main, make_autocast, num_processes, rank
+from learner import memory_format
+from utils import InputError, atomic_path, part_of, warn, write_json
+
+# The constants that do not change the views; all others of `Data` are part of the answers' name.
+NOT_OF_VIEWS = {"small_fraction", "small_size", "small_images"}
+
+
+class Teacher:
+    """The network in `config.teacher`, and the answers of it that are kept.
+
+    Raises:
+        InputError: the file is no network, or has other classes, normalization or data.
+    """
+
+    def __init__(self, config: Config, data: Dataset, device: torch.device) -> None:
+        self.config, self.data, self.device = config, data, device
+        path = Path(config.teacher)
+        self.model, info = load_model(path)
+        for name, ours in (
+            ("dataset", data.name),
+            ("class_names", list(data.class_names)),
+            ("mean", list(data.mean)),
+            ("std", list(data.std)),
+        ):
+            if (theirs := info.get(name)) != ours:
+                raise InputError(
+                    f"teacher: {path} was trained with another {name} ({theirs}) than this run has"
+                    f" ({ours}); name another teacher"
+                )
+        self.model.to(device, memory_format=memory_format(self.model, device))
+        self.autocast = make_autocast(device, config.bfloat16)
+        self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+
+    def answers(self, epoch: int, after_batch: Callable[[], None]) -> Answers:
+        """The targets of an epoch, as a function of views, (N, 3, 32, 32), and indices, (N,).
+
+        With `teacher_views` they are read from the files beside the data, or computed and written.
+
+        Args:
+            after_batch: called after each batch that is computed; an exception of it ends that.
+        """
+        if not self.config.teacher_views:
+            return lambda views, _: self.targets(self.logits(views))
+        kept = self.kept(view_of(self.config, epoch), after_batch).to(self.device)
+        return lambda _, chosen: self.targets(kept[chosen].float())
+
+    def targets(self, logits: Tensor) -> Tensor:
+        """(N, C) logits to targets: their probabilities, at temperature 1."""
+        return logits.softmax(1)
+
+    @torch.no_grad()
+    def logits(self, views: Tensor) -> Tensor:
+        """(N, 3, 32, 32) normalized views to (N, C) logits, as they would be kept."""
+        with self.autocast:
+            return self.model(views).half().float()
+
+    def kept(self, view: int, after_batch: Callable[[], None]) -> Tensor:
+        """The logits of a view of every training image, (N, C) float16."""
+        path = self.folder / f"{view:04d}.safetensors"
+        logits = read_answers(path)
+        if logits is not None and logits.shape == (len(self.data.train), self.config.num_classes):
+            return logits
+        if path.exists():
+            warn(f"{path} is damaged; computing its answers again")
+        logits = self.compute(view, after_batch)
+        if is_main():
+            write_json(self.folder / "views.json", self.described)
+            write_answers(path, logits)
+        return logits
+
+    def compute(self, view: int, after_batch: Callable[[], None]) -> Tensor:
+        """Classify a view of every training image; each process takes every n-th batch."""
+        views = augmented(self.data, self.config, view)
+        indices = torch.arange(len(self.data.train), device=self.device)
+        logits = torch.zeros(len(indices), self.config.num_classes, device=self.device)
+        with tqdm(
+            total=len(indices),
+            desc=f"teacher, view {view}/{self.config.teacher_views}",
+            unit="img",
+            unit_scale=True,
+            leave=False,
+            dynamic_ncols=True,
+            disable=None if is_main() else True,
+        ) as bar:
+            for chosen in indices.split(EVAL_BATCH)[rank() :: num_processes()]:
+                logits[chosen] = self.logits(views(chosen))
+                bar.update(len(chosen) * num_processes())
+                after_batch()
+        return all_reduce_sum(logits).half().cpu()
+
+    @property
+    def described(self) -> dict[str, object]:
+        """All that the answers depend on, but the number of the view."""
+        constants = asdict(part_of(self.config, Data))
+        views = {name: value for name, value in constants.items() if name not in NOT_OF_VIEWS}
+        views["seed"] = self.config.seed
+        return {"teacher": self.sha256, "data": self.data.fingerprint, "views": views}
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the kept answers, beside the data."""
+        name = hashlib.sha256(json.dumps(self.described, sort_keys=True).encode()).hexdigest()
+        return Path(self.config.data_dir).expanduser() / "answers" / name[:16]
+
+    def state_dict(self) -> dict[str, object]:
+        """The teacher that a run was started with."""
+        return {"sha256": self.sha256}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Raise ValueError if a run was started with another teacher."""
+        if state["sha256"] != self.sha256:
+            raise ValueError(f"{self.config.teacher} is not the teacher that it was started with")
+
+
+def write_answers(path: Path, logits: Tensor) -> None:
+    """Write (N, C) logits with their SHA-256, whole or not at all."""
+    tensors = {"logits": logits}
+    with atomic_path(path) as temporary:
+        content = safetensors.torch.save(tensors, {"sha256": checksum(tensors, {})})
+        temporary.write_bytes(content)
+
+
+def read_answers(path: Path) -> Tensor | None:
+    """Read what `write_answers` wrote; None if it is missing or damaged."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            tensors = {"logits": file.get_tensor("logits")}
+            return tensors["logits"] if checksum(tensors, {}) == file.metadata()["sha256"] else None
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,199 @@
+"""A network taught by another one: its targets, the answers that are kept, resuming."""
+
+import contextlib
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+from torch.nn import functional as F
+
+from config import check_config
+from data import augmented, load_dataset, train_batches
+from engine.checkpoint import load_model, save_model
+from engine.teacher import Teacher
+from train import train
+from utils import InputError
+
+CPU = torch.device("cpu")
+VIEWED = replace(TINY, name="student", teacher="teacher.safetensors", crop_padding=0)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_dataset(TINY)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A network that train.py wrote."""
+    with contextlib.chdir(tmp_path_factory.mktemp("teacher")):
+        train(replace(TINY, name="teacher", batch_size=64, epochs=2, max_steps_per_epoch=0))
+        return Path("checkpoints/teacher/model.safetensors").resolve()
+
+
+@pytest.fixture(autouse=True)
+def teacher_file(trained):
+    shutil.copy(trained, "teacher.safetensors")
+
+
+def nothing():
+    """Called between two batches of answers."""
+
+
+def weights(name):
+    model, _ = load_model(Path("checkpoints", name, "model.safetensors"))
+    return model.state_dict()
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def answer_files():
+    return sorted(Path("data/answers").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("views", [0, 2])
+def test_targets_are_the_teachers_probabilities_of_the_students_views(digits, views):
+    config = replace(VIEWED, teacher_views=views, rotation_degrees=10.0)
+    network, _ = load_model("teacher.safetensors")
+    teacher = Teacher(config, digits, CPU)
+    for epoch in (1, 3):
+        seen = 0
+        answers = teacher.answers(epoch, nothing)
+        for images, targets, n in train_batches(digits, config, epoch, answers=answers):
+            with torch.no_grad():
+                expected = network(images).softmax(1)
+            assert torch.allclose(targets, expected, atol=2e-3)  # kept in float16
+            assert targets.argmax(1).unique().numel() > 1
+            seen += n
+        assert seen == 3 * config.batch_size
+
+
+def test_teacher_sees_whole_images_where_the_student_sees_small_ones(digits):
+    small = replace(VIEWED, small_fraction=1.0, small_size=24, small_images="scale")
+    teacher = Teacher(small, digits, CPU)
+    images, targets, _ = next(train_batches(digits, small, 1, answers=teacher.answers(1, nothing)))
+    whole, expected, _ = next(train_batches(digits, VIEWED, 1, answers=teacher.answers(1, nothing)))
+    assert images.shape[-1] == 24
+    assert torch.equal(images, F.interpolate(whole, (24, 24), mode="bilinear", antialias=True))
+    assert torch.equal(targets, expected)
+
+
+def test_views_repeat_in_another_order(digits):
+    config = replace(VIEWED, teacher_views=2, rotation_degrees=10.0, max_steps_per_epoch=0)
+    views = [augmented(digits, config, view) for view in (1, 2)]
+    chosen = torch.arange(8)
+    assert not torch.equal(views[0](chosen), views[1](chosen))
+
+    def epoch(number):
+        batches = train_batches(digits, config, number, answers=lambda _, indices: indices[:, None])
+        found = [(images, places.flatten()) for images, places, _ in batches]
+        images, places = (torch.cat(tensors) for tensors in zip(*found, strict=True))
+        return images[places.argsort()], places
+
+    (first, order), (third, other_order), (second, _) = epoch(1), epoch(3), epoch(2)
+    assert torch.equal(first, third)
+    assert not torch.equal(order, other_order)
+    assert not torch.equal(first, second)
+    assert torch.equal(first, views[0](torch.arange(len(first))))
+
+
+def test_answers_are_computed_once_and_shared():
+    config = replace(VIEWED, teacher_views=2)
+    train(config)
+    files = answer_files()
+    assert [path.name for path in files] == ["0001.safetensors", "0002.safetensors"]
+    written = [path.stat().st_mtime_ns for path in files]
+    train(replace(config, name="wider", c1=9, small_fraction=1.0))
+    assert [path.stat().st_mtime_ns for path in answer_files()] == written
+    train(replace(config, name="other-views", seed=1, epochs=1))
+    assert len(answer_files()) == 3
+
+
+def test_damaged_answers_are_computed_again(capsys):
+    config = replace(VIEWED, teacher_views=1)
+    train(config)
+    (path,) = answer_files()
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    train(replace(config, name="again"))
+    assert "is damaged; computing its answers again" in capsys.readouterr().err
+    assert path.read_bytes() == content
+    assert same(weights("student"), weights("again"))
+
+
+@pytest.mark.parametrize("views", [0, 2])
+def test_a_stopped_run_goes_on_to_the_bit_also_without_kept_answers(views):
+    config = replace(VIEWED, teacher_views=views, save_minutes=0.0)
+    train(replace(config, name="whole"))
+
+    class Kill(BaseException):
+        """Ends a training as nothing that it catches does."""
+
+    def kill_after_two_epochs(log):
+        if len(log) == 2:
+            raise Kill
+
+    with pytest.raises(Kill):
+        train(config, report=kill_after_two_epochs)
+    shutil.rmtree("data", ignore_errors=True)
+    train(replace(config, resume=True))
+    assert same(weights("student"), weights("whole"))
+
+
+def test_taught_by_itself_a_network_has_no_gradient_but_of_weight_decay(digits):
+    """The cross entropy with one's own answers is least where one is."""
+    config = replace(VIEWED, crop_padding=0, rotation_degrees=0.0)
+    network, _ = load_model("teacher.safetensors")
+    images, targets, _ = next(
+        train_batches(digits, config, 1, answers=Teacher(config, digits, CPU).answers(1, nothing))
+    )
+    F.cross_entropy(network(images), targets).backward()
+    largest = max(p.grad.abs().max() for p in network.parameters())
+    F.cross_entropy(network(images), targets.flip(0)).backward()
+    assert largest < 1e-2 < max(p.grad.abs().max() for p in network.parameters())
+
+
+def rewritten(**changes):
+    network, info = load_model("teacher.safetensors")
+    info.pop("architecture")
+    save_model("teacher.safetensors", network, info | changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dataset", "cifar10"),
+        ("class_names", list("9876543210")),
+        ("mean", [0.5, 0.5, 0.5]),
+        ("std", [0.5, 0.5, 0.5]),
+    ],
+)
+def test_teacher_of_other_data_is_refused(name, value):
+    rewritten(**{name: value})
+    with pytest.raises(InputError, match=f"teacher: teacher.safetensors .* another {name} "):
+        train(VIEWED)
+    assert not Path("checkpoints/student").exists()
+
+
+def test_another_teacher_cannot_go_on():
+    train(replace(VIEWED, epochs=1))
+    rewritten(seed=1)
+    with pytest.raises(InputError, match=r"resume: .* is not the teacher"):
+        train(replace(VIEWED, epochs=2, resume=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"label_smoothing": 0.1}, "label_smoothing"),
+        ({"teacher": "", "teacher_views": 3}, "teacher_views"),
+    ],
+)
+def test_bad_constants(changes, field):
+    with pytest.raises(InputError, match=f"^{field}: "):
+        check_config(replace(VIEWED, **changes))
