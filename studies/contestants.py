@@ -79,8 +79,8 @@ class Ours:
         if self.proxy:
             batches = self.proxy.hardest(batches, self.num_steps)
         unread = []
-        for images, labels, n in batches:
-            unread.append(self.learner.step(images, labels, n))
+        for images, targets, n in batches:
+            unread.append(self.learner.step(images, targets, n))
             self.num_steps += 1
             if len(unread) == LOG_INTERVAL:
                 torch.stack(unread).tolist()

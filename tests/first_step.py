@@ -25,8 +25,8 @@ def main(batch_sizes):
         learner = Learner(config, digits, device)
         learner.model.eval()
         before = [p.detach().clone() for p in learner.model.parameters()]
-        images, labels, n = next(train_batches(digits, config, 1))
-        totals = distributed.all_reduce_sum(learner.step(images, labels, n))
+        images, targets, n = next(train_batches(digits, config, 1))
+        totals = distributed.all_reduce_sum(learner.step(images, targets, n))
         moved = [b - p.detach() for b, p in zip(before, learner.model.parameters(), strict=True)]
         change = torch.cat([m.flatten() for m in moved])  # lr times the gradient and the decay
         if distributed.is_main():

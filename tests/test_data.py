@@ -223,6 +223,9 @@ def test_unknown_dataset_is_refused():
 # ---------------------------------------------------------------- batches
 
 
+IMAGES = replace(PLAIN, num_classes=100)  # a class for each image
+
+
 def labeled_by_position(num_images):
     """A data set in which every image shows its own number, which is also its label."""
     numbers = torch.arange(num_images)
@@ -232,20 +235,20 @@ def labeled_by_position(num_images):
 
 
 def test_batches_hold_what_auto_augment_made_of_the_whole_epochs_images():
-    toy, config = labeled_by_position(50), replace(PLAIN, auto_augment=True, seed=5, batch_size=40)
+    toy, config = labeled_by_position(50), replace(IMAGES, auto_augment=True, seed=5, batch_size=40)
     for epoch in (1, 2):
         changed = augment.auto_augment(toy.train.images, *augment.draw_pairs(50, 5, epoch))
         assert not torch.equal(changed, toy.train.images)
-        for images, labels, _ in train_batches(toy, config, epoch):
-            assert torch.equal(images, toy.normalize(changed[labels] / 255))
+        for images, targets, _ in train_batches(toy, config, epoch):
+            assert torch.equal(images, toy.normalize(changed[targets.argmax(1)] / 255))
 
 
 def test_an_epoch_visits_every_image_once_in_an_order_of_its_own():
     toy, orders = labeled_by_position(100), []
     for seed, epoch in ((0, 1), (0, 2), (1, 1)):
-        batches = list(train_batches(toy, replace(PLAIN, seed=seed, batch_size=32), epoch))
+        batches = list(train_batches(toy, replace(IMAGES, seed=seed, batch_size=32), epoch))
         assert [size for _, _, size in batches] == [32, 32, 32, 4]
-        labels = torch.cat([labels for _, labels, _ in batches])
+        labels = torch.cat([targets.argmax(1) for _, targets, _ in batches])
         shown = torch.cat([images[:, 0, 0, 0] for images, _, _ in batches])
         torch.testing.assert_close(shown, labels.float())
         assert sorted(labels.tolist()) == list(range(100))
@@ -256,7 +259,7 @@ def test_an_epoch_visits_every_image_once_in_an_order_of_its_own():
 
 def test_batches_are_a_pure_function_of_seed_epoch_and_step():
     toy = labeled_by_position(100)
-    config = Config(batch_size=40, seed=3, rotation_degrees=30.0)
+    config = Config(batch_size=40, seed=3, rotation_degrees=30.0, num_classes=100)
     first = list(train_batches(toy, config, epoch=7))
     torch.manual_seed(123)
     again = list(train_batches(toy, config, epoch=7))
@@ -268,8 +271,17 @@ def test_batches_are_a_pure_function_of_seed_epoch_and_step():
     assert list(train_batches(toy, config, epoch=7, first_step=3)) == []  # resumed at its end
 
 
+def test_targets_are_the_smoothed_labels():
+    toy = labeled_by_position(10)
+    config = replace(PLAIN, label_smoothing=0.2, batch_size=10)
+    images, targets, _ = next(train_batches(toy, config, 1))
+    expected = torch.full((10, 10), 0.02)
+    expected[range(10), images[:, 0, 0, 0].round().long()] = 0.82
+    torch.testing.assert_close(targets, expected)
+
+
 def test_rehearsal_ends_after_so_many_steps():
-    config = replace(PLAIN, batch_size=32, max_steps_per_epoch=2)
+    config = replace(IMAGES, batch_size=32, max_steps_per_epoch=2)
     assert [n for *_, n in train_batches(labeled_by_position(100), config, 1)] == [32, 32]
 
 
@@ -278,7 +290,7 @@ def test_every_image_is_augmented_by_draws_of_its_own():
     picture = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8, generator=generator(0))
     toy = labeled_by_position(100)
     toy = replace(toy, train=replace(toy.train, images=picture.expand(100, -1, -1, -1)))
-    strong = Config(rotation_degrees=180.0, batch_size=25)
+    strong = Config(rotation_degrees=180.0, batch_size=25, num_classes=100)
     views = set()
     for seed in range(3):
         for epoch in range(4):
@@ -290,6 +302,7 @@ def test_every_image_is_augmented_by_draws_of_its_own():
 def test_small_batches_are_the_center_of_the_whole_ones_or_what_pillow_makes_of_them():
     toy = labeled_by_position(100)
     config = Config(small_fraction=0.5, padding_mode="reflect", cutout_size=8, epochs=2)
+    config = replace(config, num_classes=100)
     whole, labels, _ = next(train_batches(toy, replace(config, small_fraction=0.0), 1))
     cropped, same_labels, _ = next(train_batches(toy, config, 1))
     assert torch.equal(cropped, whole[:, :, 2:30, 2:30])

@@ -87,9 +87,9 @@ def test_a_step_is_sgd_on_the_mean_cross_entropy(digits, nesterov):
     learner = Learner(config, few, CPU)
     expected = copy.deepcopy(learner.model)
     velocity = [torch.zeros_like(p) for p in expected.parameters()]
-    for images, labels, n in train_batches(few, config, 1):
-        totals = learner.step(images, labels, n)
-        logits = expected(images)
+    for images, targets, n in train_batches(few, config, 1):
+        totals = learner.step(images, targets, n)
+        logits, labels = expected(images), targets.argmax(1)
         loss = F.cross_entropy(logits, labels, label_smoothing=0.1)
         gradients = torch.autograd.grad(loss, list(expected.parameters()))
         with torch.no_grad():
