@@ -1,6 +1,7 @@
 """A network taught by another one: its targets, the answers that are kept, resuming."""
 
 import contextlib
+import functools
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,16 +15,20 @@ from config import check_config
 from data import augmented, load_dataset, train_batches
 from engine.checkpoint import load_model, save_model
 from engine.teacher import Teacher
-from train import train
+from train import train as train_on
 from utils import InputError
 
 CPU = torch.device("cpu")
 VIEWED = replace(TINY, name="student", teacher="teacher.safetensors", crop_padding=0)
 
 
+DIGITS = load_dataset(TINY)
+train = functools.partial(train_on, data=DIGITS)
+
+
 @pytest.fixture(scope="module")
 def digits():
-    return load_dataset(TINY)
+    return DIGITS
 
 
 @pytest.fixture(scope="module")
