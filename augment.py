@@ -133,7 +133,7 @@ def cut_out(images: Tensor, corner: Tensor, size: int) -> Tensor:
     """Set a square of each image to the mean, 0 (DeVries & Taylor, arXiv:1708.04552).
 
     Args:
-        images: (N, C, S, S) normalised.
+        images: (N, C, S, S) normalized.
         corner: (N, 2) the square's first row and column; it may reach over the edge, as theirs do.
         size: its side, in pixels.
     """

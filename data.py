@@ -137,7 +137,7 @@ def train_batches(
     num_images, device = len(data.train), data.train.labels.device
     labels = soft_labels(data.train.labels, config)
     views = augmented(data, config, view_of(config, epoch))
-    order = torch.randperm(num_images, generator=generator("order", config.seed, epoch)).to(device)
+    order = epoch_order(config, num_images, epoch).to(device)
     for step in range(first_step, steps_per_epoch(config, num_images)):
         start = step * config.batch_size
         stop = min(start + config.batch_size, num_images)
@@ -145,6 +145,11 @@ def train_batches(
         images = views(chosen)
         targets = answers(images, chosen) if answers else labels[chosen]
         yield augment.shrink(config, images, image_size(config, epoch)), targets, stop - start
+
+
+def epoch_order(config: Config, num_images: int, epoch: int) -> Tensor:
+    """The indices of all training images in the order of an epoch (from 1), (N,)."""
+    return torch.randperm(num_images, generator=generator("order", config.seed, epoch))
 
 
 def augmented(data: Dataset, config: Config, epoch: int) -> Callable[[Tensor], Tensor]:
@@ -157,7 +162,7 @@ def augmented(data: Dataset, config: Config, epoch: int) -> Callable[[Tensor], T
     images = data.train.images
     if config.auto_augment:  # the whole epoch at once: 100 calls for any number of images
         images = augment.auto_augment(images, *augment.draw_pairs(num_images, config.seed, epoch))
-    order = torch.randperm(num_images, generator=generator("order", config.seed, epoch))
+    order = epoch_order(config, num_images, epoch)
     place = order.argsort()  # of each image in the epoch
     # The draws of an epoch go to the device at once, so that no step waits for a transfer.
     draws = [drawn[place].to(device) for drawn in augment.draw(config, order, epoch)]
