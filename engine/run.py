@@ -145,8 +145,8 @@ class Run:
     ) -> Iterator[None]:
         """Within the block, the folder is locked, and stop signals are noted.
 
-        A resumed run continues from its saved state. The first state of a new one, after its first step,
-        replaces what was in the folder.
+        A resumed run continues from its saved state. A new one replaces what was in the folder when
+        it saves its first state.
 
         Raises:
             InputError: the folder cannot be written or is in use, or the state does not fit.
