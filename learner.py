@@ -34,9 +34,9 @@ class Learner:
         self.config, self.steps = config, 0
         self.steps_per_epoch = steps_per_epoch(config, len(data.train))
         self.model = make_model(config, data, device)
+        distributed.synchronize(self.model)
         self.ema = make_average(self.model, config.ema_decay) if config.ema_decay else None
         self.eval_model = self.ema.module if self.ema else self.model
-        self.parallel = distributed.wrap_ddp(self.model)
         dtype = distributed.compute_dtype(device, config.bfloat16)
         self.autocast = distributed.make_autocast(device, config.bfloat16)
         faster = device.type == "cpu" and dtype == torch.bfloat16 and not config.compile
@@ -61,9 +61,7 @@ class Learner:
         """
         logits = self.forward(images)
         loss = F.cross_entropy(logits, targets, reduction="sum")
-        # DDP averages the gradients over the processes. Scaled like this, their mean is that of the
-        # mean loss over the global batch, even where the shares differ in size.
-        self.update(loss * distributed.num_processes() / n)
+        self.update(loss / n)  # its gradients are summed over the processes
         return torch.stack([loss.detach(), (logits.argmax(1) == targets.argmax(1)).sum()])
 
     def forward(self, images: Tensor) -> Tensor:
@@ -73,11 +71,12 @@ class Learner:
         key = (self.config.seed, epoch + 1, step, distributed.rank())
         torch.manual_seed(derive_seed("dropout", *key))
         with self.autocast, self.faster_layers:
-            return self.parallel(images).float()
+            return self.model(images).float()
 
     def update(self, loss: Tensor) -> None:
-        """Step against the gradient of `loss`, then update the average."""
+        """Step against the gradient of `loss`, summed over all processes; update the average."""
         loss.backward()
+        distributed.sum_gradients(self.model)
         factor = lr_factor(self.config, self.steps, self.steps_per_epoch)
         for optimizer, lr in zip(self.optimizers, self.rates, strict=True):
             for group in optimizer.param_groups:
@@ -88,11 +87,11 @@ class Learner:
             self.ema.update_parameters(self.model)
         self.steps += 1
 
-    def synchronize_buffers(self) -> None:
-        """Copy the BN statistics of the main process to all, so that all test the same network."""
-        distributed.synchronize_buffers(self.model)
+    def synchronize(self) -> None:
+        """Copy the network of the main process to all: BN statistics differ between them."""
+        distributed.synchronize(self.model)
         if self.ema:
-            distributed.synchronize_buffers(self.ema.module)
+            distributed.synchronize(self.ema.module)
 
     def state_dict(self) -> dict[str, object]:
         """Everything that changes while it learns."""
@@ -152,7 +151,7 @@ class Proxy:
             shares = (len(range(rank, n, processes)) for rank in range(processes))
             n = sum(map(self.kept, shares))
             if learns:
-                self.learner.update(losses.sum() * processes / n)  # scaled as in Learner.step
+                self.learner.update(losses.sum() / n)
             else:
                 self.learner.steps += 1
             yield images[chosen], targets[chosen], n
