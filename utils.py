@@ -21,6 +21,7 @@ from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_typ
 import torch
 
 IMAGE_SIZE = 32  # pixels, both sides
+CHECKPOINTS = Path("checkpoints")  # the runs, and the released networks
 TEMPORARY = ".tmp-"  # prefix of the folders in which files are written before they are renamed
 
 
