@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -319,7 +320,6 @@ class Run:
         plots.learning_curves(self.log, curves, self.folder.name)
         if test:
             print(f"test accuracy: {test}")
-            print(f"next: python test.py {(self.folder / 'model.safetensors').as_posix()}")
         summary = {"test_loss": test.loss, "test_accuracy": test.accuracy} if test else {}
         self.wandb.finish(summary, curves)
 
@@ -443,6 +443,11 @@ def lock_folder(folder: Path) -> Iterator[None]:
             remove_temporaries(folder)
         except filelock.Timeout:
             problem = f"name: another process is training in {folder}; give another --name"
+            tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+            if tasks != "1" and num_processes() == 1:
+                problem += (
+                    f"; if it is another of srun's {tasks} tasks, use --ntasks=1, or torchrun"
+                )
         except OSError as error:
             problem = f"name: {folder} {why_unusable(folder, error)}"
             if is_new:

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import io
 import os
+import re
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
 
 OLDEST_PYTHON = (3, 11)
 # In the messages of a CPU, GPUs of NVIDIA and Apple, cuBLAS and C++. Only CUDA has a class for it.
@@ -96,6 +100,49 @@ def report_missing(error: ModuleNotFoundError) -> int:
         remedy = "run `pip install -r requirements-dev.txt`"
     print(f"error: {missing}: not installed; {remedy}", file=sys.stderr)
     return 2
+
+
+def plain_arguments(args: list[str], options: type | Callable) -> list[str]:
+    """Rewrite the forms in which other scripts take their arguments as those of tyro.
+
+    `--num-blocks [2,2,2]`, even if a shell has split it, becomes `--num-blocks 2 2 2`;
+    `--compile True` becomes `--compile`, and `--compile=False` becomes `--no-compile`. Where the
+    first argument is the checkpoint, `--checkpoint X` becomes it. The rank that `python -m
+    torch.distributed.launch` adds is left out: it is in the environment too.
+
+    Args:
+        options: the dataclass or function that has the options as its fields or parameters.
+    """
+    hints = {f"--{k.replace('_', '-')}": hint for k, hint in get_type_hints(options).items()}
+    flags = {o for o, hint in hints.items() if hint is bool}
+    lists = {o for o, hint in hints.items() if tuple in map(get_origin, (hint, *get_args(hint)))}
+    parameters = inspect.signature(options).parameters.values()
+    first = {f"--{p.name}" for p in parameters if p.kind is p.POSITIONAL_ONLY} - lists
+    words = []
+    for arg in args:
+        option, equals, value = arg.partition("=")
+        if equals and option.replace("_", "-") in flags | lists | first:
+            words += [option, value]
+        elif not re.fullmatch(r"--local[-_]rank=\d+", arg):
+            words.append(arg)
+    begin, plain, option = [], [], ""
+    for word in words:
+        if word.startswith("--"):
+            option = word.replace("_", "-")
+            plain.append(word)
+            continue
+        if option in lists:
+            plain += re.findall(r"[^\s,()\[\]]+", word)
+            continue
+        if option in flags and word.lower() in ("true", "false"):
+            plain[-1] = option if word.lower() == "true" else option.replace("--", "--no-", 1)
+        elif option in first:
+            plain.pop()
+            begin.append(word)
+        else:
+            plain.append(word)
+        option = ""
+    return begin + plain
 
 
 class StopSignals:
