@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -45,8 +46,8 @@ from utils import (
     write_json,
 )
 
-# Everything in a run folder but the files of Weights & Biases. The state is named first, and is
-# the last to be deleted.
+# Everything in a run folder but wandb/, which --overwrite deletes, too. The state is named first,
+# and is the last to be deleted.
 RUN_FILES = (
     *("last.pt", PREVIOUS, "config.json", "log.csv", "model.safetensors", "curves.png"),
     *("model_confusion.png", "model_calibration.png", "model_mistakes.png"),  # by test.py
@@ -198,6 +199,8 @@ class Run:
                 problem = "is damaged" if last.exists() else "is missing"
                 warn(f"{last} {problem}; going on from {PREVIOUS}, the state that was saved before")
                 last.with_name(PREVIOUS).replace(last)
+            if self.config.overwrite and not resumed:
+                shutil.rmtree(self.folder / "wandb", ignore_errors=True)  # follows no link
             for name in () if resumed else reversed(RUN_FILES):
                 (self.folder / name).unlink(missing_ok=True)
             position = str(self) if self.epoch or self.step else None

@@ -331,11 +331,18 @@ def test_resume_starts_a_run_where_there_is_none_but_not_without_its_state(tiny,
 
 
 def test_overwrite_starts_anew(tiny):
-    _, expected = train(replace(tiny, name="other"))
+    linked = FOLDER.with_name("other") / "wandb"
+    linked.parent.mkdir(parents=True)
+    Path("elsewhere").mkdir()
+    linked.symlink_to(Path("elsewhere").resolve())
+    _, expected = train(replace(tiny, name="other", overwrite=True))
+    assert linked.is_dir()  # what a link names is not of the run
     train(replace(tiny, seed=5, epochs=4))
-    for name in ("notes.txt", "model_mistakes.png", "model_mine.png"):
+    (FOLDER / "wandb").mkdir()
+    for name in ("notes.txt", "model_mistakes.png", "model_mine.png", "wandb/latest"):
         (FOLDER / name).write_text("mine")
     assert train(replace(tiny, overwrite=True))[1] == expected
+    assert not (FOLDER / "wandb").exists()
     assert len(log()) == 3
     kept = {path.name for path in FOLDER.iterdir() if path.suffix in (".txt", ".png")}
     assert kept == {"notes.txt", "model_mine.png", "curves.png"}  # no test of the run before
