@@ -13,7 +13,7 @@ from config import Config, image_size, images_per_epoch, steps_per_epoch
 from data import Dataset
 from engine.distributed import compute_dtype, dtype_name, is_main, num_processes
 from model import model_cost
-from utils import duration, first_line, warn
+from utils import duration, warn
 
 TIMED_STEPS = 4  # after the first one, for the estimate: a proxy learns in one of as many
 FINISH_SECONDS = 60  # for Weights & Biases to send the rest
@@ -220,5 +220,7 @@ class WandbRun:
         try:
             action(*args, **options)
         except Exception as error:  # whatever it is, a logger must not cost a training run
-            warn(f"wandb: {first_line(error)}; going on without it")
+            # Three lines of a wrong variable's message name it and its value.
+            lines = str(error).strip().splitlines()[:3] or [type(error).__name__]
+            warn(f"wandb: {' '.join(map(str.strip, lines))}; going on without it")
             self.run = None

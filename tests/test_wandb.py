@@ -182,6 +182,13 @@ def test_its_own_variables_and_settings_count(mode, variables, file, expected, r
     assert list(Path(expected[-1]).glob("wandb/offline-run-*/run-*.wandb"))
 
 
+def test_a_wrong_variable_is_named(real, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "nowhere")
+    assert WandbRun("auto", Path("runs/one"), {}).run is None
+    error = capsys.readouterr().err
+    assert re.match(r"warning: wandb: .* mode .*'nowhere'.*; going on without it\n$", error)
+
+
 def test_documented_command_finds_what_is_to_be_sent(demo):
     page = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
     arguments = re.search(r"`wandb (sync checkpoints/tpsnet/wandb)`", page)[1]
