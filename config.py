@@ -139,7 +139,7 @@ class Execution:
     max_params: Annotated[int, Range(1)] = MAX_PARAMS
     """Refuse a network with more parameters than this."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """Weights & Biases; auto is online when logged in, else offline, and never prompts."""
+    """Weights & Biases; auto: as WANDB_MODE says, else online if logged in, else offline."""
 
 
 @dataclass(frozen=True)

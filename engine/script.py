@@ -8,9 +8,11 @@ can say which one is needed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import inspect
 import io
+import logging
 import os
 import re
 import signal
@@ -35,6 +37,11 @@ def run_script(name: str) -> None:
         this, needed = (".".join(map(str, v)) for v in (sys.version_info[:2], OLDEST_PYTHON))
         print(f"error: python: this is {this}; use {needed} or newer", file=sys.stderr)
         sys.exit(2)
+    try:
+        Path.home()
+    except RuntimeError:  # no HOME, and a user that the system does not know
+        os.environ["HOME"] = "/"  # as in Docker; Ray and W&B do not load without one
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # silent where it cannot write a cache
     # While libraries load, Ctrl-C ends the process at once: some print tracebacks when interrupted.
     handler = signal.getsignal(signal.SIGINT)
     if handler == signal.default_int_handler:
@@ -73,11 +80,14 @@ def run_script(name: str) -> None:
     except KeyboardInterrupt as error:
         utils.print_error(str(error) or "interrupted")
         sys.exit(130)
-    except OSError as error:  # usually of stdout: a full disk, or `head` that has ended
+    except OSError as error:  # of stdout: a full disk, or `head` that has ended; seldom another
         # Otherwise Python tries to write the rest again when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             sys.exit(128 + 13)  # SIGPIPE
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and not error.filename:
+            remedy = "make room, or redirect it to another disk"
+            error = f"stdout: cannot be written ({error.strerror}); {remedy}"
         utils.print_error(f"error: {error}")
         sys.exit(2)
     finally:

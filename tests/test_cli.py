@@ -379,7 +379,8 @@ def script(monkeypatch):
         (MemoryError(), 2, "error: memory: MemoryError; free some, or train with a smaller"),
         (ModuleNotFoundError("no", name="tyro"), 2, "error: tyro: not installed; run `pip install"),
         (ModuleNotFoundError("no", name="ray.tune"), 2, "error: ray: not installed"),
-        (OSError(28, "No space left"), 2, "error: [Errno 28] No space left"),
+        (OSError(28, "No space left"), 2, "error: stdout: cannot be written (No space left); make"),
+        (OSError(13, "denied", "data"), 2, "error: [Errno 13] denied: 'data'"),
         (BrokenPipeError(), 141, ""),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
@@ -420,6 +421,13 @@ def test_output_that_cannot_be_written_or_knows_no_unicode(script, monkeypatch, 
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
     assert script(lambda _: print("94.8 ± 0.1")) == 0
     assert raw.getvalue() == b"94.8 ? 0.1\n"
+
+
+def test_a_user_whom_the_system_does_not_know_has_a_home(script, monkeypatch):
+    pwd = pytest.importorskip("pwd")
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: {}["uid not found"])
+    monkeypatch.delenv("HOME", raising=False)
+    assert script(lambda _: print(Path("~/ray_results").expanduser())) == 0  # as Ray does
 
 
 def test_ctrl_c_while_the_libraries_load():
