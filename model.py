@@ -373,7 +373,7 @@ def smaller(architecture: Architecture, max_params: int) -> str:
             return True
 
     remedies = []
-    for name in ("c1", "width"):
+    for name in () if architecture.channels else ("c1", "width"):
         values = range(1, getattr(architecture, name))
         largest = bisect.bisect_left(values, True, key=partial(too_large, name))
         if largest:

@@ -53,6 +53,7 @@ MISTAKES = [
     ("--c1 17", ["max_params", "5,598,195", "5,000,000", "--c1 16 or less, --width 1, or raise"]),
     ("demo --max-params 76817", ["76,818", "76,817", "use --c1 7 or less, --width 1, or raise"]),
     ("fast --width 5", ["max_params", "use --width 4 or less, or raise --max-params"]),
+    ("--channels 400 400 400", ["max_params", "use fewer blocks or channels, or raise"]),
     ("demo --max-params 9", ["max_params", "use fewer blocks or channels, or raise --max-params"]),
     # the data
     ("demo --flip random", ["flip", "--flip none"]),
