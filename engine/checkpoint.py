@@ -144,8 +144,6 @@ def find_checkpoint(path: Path) -> Path:
     if not path.exists():
         folders = (Path(), CHECKPOINTS, RELEASED)
         places = [folder / name for folder in folders for name in (path, f"{path}.safetensors")]
-        if path.name == "model.safetensors":  # a run writes it at the end of its first epoch
-            places.append(path.parent)
     if path == CHECKPOINTS:
         places.append(RELEASED)
     for place in places:
@@ -154,6 +152,8 @@ def find_checkpoint(path: Path) -> Path:
         if place.is_dir() and (found := network_in(place)):
             return found
     if not path.is_dir():
+        if path.name == "model.safetensors" and (path.parent / "last.pt").exists():
+            raise unfinished(path.parent)
         return path
     raise InputError(
         f"checkpoint: {path.as_posix()} holds no run and no released model; train one with"
@@ -176,12 +176,17 @@ def network_in(folder: Path) -> Path | None:
 
     network = newest("model.safetensors") or min(folder.glob("*.safetensors"), default=None)
     if not network and (state := newest("last.pt")):
-        run = state.parent.as_posix()
-        raise InputError(
-            f"checkpoint: the run in {run} has not finished an epoch; go on with it by `python"
-            f" train.py --config {run}/config.json --resume`, or name another"
-        )
+        raise unfinished(state.parent)
     return network
+
+
+def unfinished(run: Path) -> InputError:
+    """The error of a run without a network, which is written at the end of its first epoch."""
+    folder = run.as_posix()
+    return InputError(
+        f"checkpoint: the run in {folder} has not finished an epoch; go on with it by `python"
+        f" train.py --config {folder}/config.json --resume`, or name another"
+    )
 
 
 # ---------------------------------------------------------------- the state of a training

@@ -257,3 +257,9 @@ def test_run_without_a_whole_epoch_is_not_tested(name, monkeypatch, capsys):
     )
     make("checkpoints/fast.safetensors")
     assert find_checkpoint(CHECKPOINTS) == Path("checkpoints/fast.safetensors")
+
+
+def test_missing_file_stands_for_no_other_network():
+    make("checkpoints/group/run/model.safetensors")
+    for name in ("model.safetensors", "checkpoints/group/model.safetensors"):
+        assert find_checkpoint(Path(name)) == Path(name)
