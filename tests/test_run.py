@@ -389,14 +389,23 @@ def test_run_that_ends_before_its_first_step_is_none(tiny, overwrite):
     with pytest.raises(MemoryError), run.opened(data, learner):
         raise MemoryError
     run = Run(config)
+    again = "starts it again" if overwrite else "with --resume goes on from there"
+    words = f"^stopped by SIGTERM before the first step; the same command {again}$"
     with (
-        pytest.raises(StoppedError, match=r"^stopped by SIGTERM before the first step; the same"),
+        pytest.raises(StoppedError, match=words),
         run.opened(data, learner),
     ):
         os.kill(os.getpid(), signal.SIGTERM)
         run.stop_if_asked()
     assert files() == before | {FOLDER: True}
     Run(config)
+
+
+def test_advice_after_a_stop_leaves_overwrite_out(tiny):
+    """With both options the command would be refused."""
+    config = replace(tiny, overwrite=True)
+    with pytest.raises(StoppedError, match="with --resume in place of --overwrite goes on"):
+        train(config, report=lambda _: os.kill(os.getpid(), signal.SIGTERM))
 
 
 def test_second_run_in_a_folder_is_refused(tiny):
