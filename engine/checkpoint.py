@@ -134,14 +134,14 @@ def find_checkpoint(path: Path) -> Path:
     """Return the model file that a path or a name stands for.
 
     A file stands for itself, a folder for its newest run, else for its first released network. What
-    does not exist may be the name of a run or of a released network. Where the current folder has
+    is neither may be the name of a run or of a released network. Where the current folder has
     none, those beside the scripts count.
 
     Raises:
         InputError: the folder has none, or no run in it has finished an epoch.
     """
     places = [path]
-    if not path.exists():
+    if not path.is_file():
         folders = (Path(), CHECKPOINTS, RELEASED)
         places = [folder / name for folder in folders for name in (path, f"{path}.safetensors")]
     if path == CHECKPOINTS:

@@ -237,6 +237,7 @@ def test_default_and_names_are_also_found_beside_the_scripts(monkeypatch):
     monkeypatch.setattr(checkpoint, "RELEASED", beside)
     make(beside / "best.safetensors", beside / "fast.safetensors")
     assert find_checkpoint(CHECKPOINTS) == beside / "best.safetensors"
+    Path("fast").mkdir()  # of something else
     assert find_checkpoint(Path("fast")) == beside / "fast.safetensors"
     make("checkpoints/fast.safetensors")
     for name in ("fast", "fast.safetensors", "checkpoints/fast", "checkpoints"):
