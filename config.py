@@ -40,6 +40,8 @@ class Data:
     """How many of the other training images to train on, for a quick comparison; 0 for all."""
     auto_augment: bool = False
     """Apply AutoAugment's policy for CIFAR-10 first: up to two operations on shape or color."""
+    trivial_augment: bool = False
+    """Apply TrivialAugment first: one operation of any strength; in place of AutoAugment."""
     crop_padding: Annotated[int, Range(0, 32)] = 4
     """Pixels of padding on each side before a random 32x32 crop."""
     padding_mode: Literal["zeros", "reflect"] = "zeros"
@@ -56,6 +58,8 @@ class Data:
     """Side of the smaller images, in pixels."""
     small_images: Literal["crop", "scale"] = "crop"
     """Make them by cropping to the center, or by scaling the whole image down."""
+    mixing: Annotated[float, Range(0, 1)] = 0.0
+    """Fraction of the batches whose images are mixed in pairs: half by mixup, half by CutMix."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,9 @@ class Optimization:
     nesterov: bool = False
     """Use Nesterov's momentum (sgd only; Muon always does)."""
     weight_decay: Annotated[float, Range(0, 1)] = 5e-4
-    """L2 penalty on all parameters (sgd only)."""
+    """L2 penalty on the parameters (sgd only)."""
+    decay_norms: bool = True
+    """Apply it to biases and batch normalization, too, as the paper does."""
     adam_lr: Annotated[float, Range(0, 1000)] = 0.005
     """Learning rate of Adam at the start of the schedule (muon only)."""
     teacher: str = ""
@@ -276,11 +282,14 @@ def check_config(config: Config) -> None:
         )
     if config.nesterov and not config.momentum:
         raise InputError("momentum: 0 with nesterov; give one over 0, or --no-nesterov")
-    moved = config.flip != "none" or config.crop_padding or config.auto_augment
+    policies = config.auto_augment, config.trivial_augment
+    if all(policies):
+        raise InputError("trivial_augment: not with auto_augment, which it replaces; use one")
+    moved = config.flip != "none" or config.crop_padding or any(policies)
     if config.dataset == "digits" and moved:
         raise InputError(
-            "flip, crop_padding, auto_augment: a digit may become another sign; add --flip none"
-            " --crop-padding 0, or start from the demo preset"
+            "flip, crop_padding, auto_augment, trivial_augment: a digit may become another sign;"
+            " add --flip none --crop-padding 0, or start from the demo preset"
         )
     check_budget(config, config.max_params)
     pooled, small = (pooled_size(config, size) for size in (IMAGE_SIZE, config.small_size))

@@ -25,7 +25,7 @@ from learner import memory_format
 from utils import InputError, atomic_path, part_of, warn, write_json
 
 # The constants that do not change the views; all others of `Data` are part of the answers' name.
-NOT_OF_VIEWS = {"small_fraction", "small_size", "small_images"}
+NOT_OF_VIEWS = {"small_fraction", "small_size", "small_images", "mixing"}
 
 
 class Teacher:
