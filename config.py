@@ -7,6 +7,7 @@ so an edited default changes every preset that does not set it.
 """
 
 import math
+import os
 import re
 import reprlib
 from dataclasses import asdict, dataclass, fields, replace
@@ -25,7 +26,7 @@ from utils import (
     read_json,
 )
 
-CHECKPOINTS = Path("checkpoints")
+CHECKPOINTS = Path(os.environ.get("TPSNET_CHECKPOINTS") or "checkpoints")  # the folder of all runs
 
 
 @dataclass(frozen=True)

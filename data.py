@@ -7,6 +7,8 @@ a run can stop and go on anywhere, on any number of processes.
 
 import contextlib
 import hashlib
+import pickle
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -34,7 +36,9 @@ FACTS = {
     "digits": (list("0123456789"), (0.3053,) * 3, (0.3237,) * 3),
 }
 
+PYTHON_FOLDER = "cifar-10-batches-py"  # in the archive that torchvision downloads
 BINARY_FOLDER = "cifar-10-batches-bin"
+BINARY_ARCHIVE, BINARY_MD5 = "cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"
 BINARY_SHA1 = {  # of the official files
     "data_batch_1.bin": "aadd24acce27caa71bf4b10992e9e7b2d74c2540",
     "data_batch_2.bin": "c0ba65cce70568cd57b4e03e9ac8d2a5367c1795",
@@ -43,6 +47,9 @@ BINARY_SHA1 = {  # of the official files
     "data_batch_5.bin": "26e2849e66a845b7f1e4614ae70f4889ae604628",
     "test_batch.bin": "67eb016db431130d61cd03c7ad570b013799c88c",
 }
+# The fingerprint of the copy that the released networks were trained on. Of its images, 81 for
+# training and 23 for the test were decoded from JPEG; the others are the official ones.
+APPROXIMATE_COPY = "feb1a89863ee464b208bbb4ee2921ef600c46cbc0372b6b68e8966be7599e65f"
 IMAGES_PER_FILE = 10_000
 RECORD_BYTES = 1 + 3 * IMAGE_SIZE**2  # label, then the red, green and blue planes
 
@@ -208,40 +215,122 @@ def load_dataset(config: Config, test: bool = True) -> Dataset:
     data_dir = Path(config.data_dir).expanduser()  # torchvision does so for its download alone
     if config.dataset == "digits":
         dataset = load_digits(test)
-    elif (data_dir / BINARY_FOLDER).is_dir():
-        dataset = load_cifar10_binary(data_dir / BINARY_FOLDER, test)
     else:
-        dataset = load_cifar10_archive(data_dir, config.download, test)
+        dataset = load_cifar10(data_dir, config.download, test)
     return take_training(split_validation(dataset, config.val_size), config.train_size)
 
 
-def load_cifar10_archive(data_dir: Path, download: bool, test: bool = True) -> Dataset:
-    """Load CIFAR-10 from the official archive by torchvision, which downloads and checks it."""
-    from torchvision.datasets import CIFAR10
-    from torchvision.datasets.utils import check_integrity
-
-    archive_is_here = check_integrity(data_dir / CIFAR10.filename, CIFAR10.tgz_md5)
-    folder_is_new = not data_dir.exists()
+def load_cifar10(data_dir: Path, download: bool, test: bool = True) -> Dataset:
+    """Load the unpacked files of CIFAR-10; without them, first unpack an archive or download it."""
+    if data_dir.name in (PYTHON_FOLDER, BINARY_FOLDER):
+        data_dir = data_dir.parent
     try:
-        parts = [CIFAR10(data_dir, train=True, download=download or archive_is_here)]
-        if test:
-            parts.append(CIFAR10(data_dir, train=False))
-    except (OSError, RuntimeError) as error:
-        if folder_is_new:
-            with contextlib.suppress(OSError):
-                data_dir.rmdir()  # made for a download that failed
+        dataset = load_unpacked(data_dir, test)
+        if dataset is None:
+            unpack_archive(data_dir, download)
+            dataset = load_unpacked(data_dir, test)
+    except OSError as error:
         raise InputError(
-            f"data_dir: no CIFAR-10 in {data_dir} ({first_line(error)}); put {CIFAR10.filename}"
-            f" (MD5 {CIFAR10.tgz_md5}) there, or {BINARY_FOLDER}/; or run `python train.py demo`,"
-            " which needs no download"
+            f"data_dir: {error.filename or data_dir} cannot be read or written ({error.strerror});"
+            " change that, or name another folder"
         ) from None
-    splits = [
-        Split(
-            torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(),
-            torch.tensor(part.targets),
-        )
-        for part in parts
-    ]
+    return dataset
+
+
+def load_unpacked(data_dir: Path, test: bool) -> Dataset | None:
+    """Load the unpacked files in `data_dir`; None if none are there that could be loaded."""
+    for folder in places(data_dir, BINARY_FOLDER):
+        if any(is_there(folder / name) for name in BINARY_SHA1):
+            return load_cifar10_binary(folder, test)
+    for folder in places(data_dir, PYTHON_FOLDER):
+        if not python_damage(folder):
+            return load_cifar10_python(folder, test)
+    return None
+
+
+def places(data_dir: Path, name: str) -> tuple[Path, ...]:
+    """Folders that may hold the files: `name`, also unpacked into its own name, or `data_dir`."""
+    return data_dir / name, data_dir / name / name, data_dir
+
+
+def is_there(path: Path) -> bool:
+    """True if `path` exists.
+
+    Raises:
+        OSError: a folder above it may not be searched, which `Path.exists` hides in Python 3.14.
+    """
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def unpack_archive(data_dir: Path, download: bool) -> None:
+    """Unpack an official archive in `data_dir`; without a sound one, download it.
+
+    Raises:
+        InputError: there is none, and it may not or could not be downloaded.
+        OSError: it cannot be read or unpacked.
+    """
+    from torchvision.datasets import CIFAR10, utils
+
+    problems = []
+    for name, md5 in ((CIFAR10.filename, CIFAR10.tgz_md5), (BINARY_ARCHIVE, BINARY_MD5)):
+        if utils.check_integrity(data_dir / name, md5):
+            utils.extract_archive(data_dir / name, data_dir)
+            return
+        if is_there(data_dir / name):
+            problems.append(f"{data_dir / name} is damaged (its MD5 is not the official one)")
+    for folder in places(data_dir, PYTHON_FOLDER):
+        if any(is_there(folder / name) for name, _ in CIFAR10.train_list):
+            problems.append(python_damage(folder))
+    problem = problems[0] if problems else f"no CIFAR-10 in {data_dir}"
+    if download:
+        if problems:
+            warn(f"data_dir: {problem}; downloading CIFAR-10 again")
+        folder_is_new = not is_there(data_dir)
+        try:
+            utils.download_and_extract_archive(CIFAR10.url, data_dir, md5=CIFAR10.tgz_md5)
+            return
+        except (OSError, RuntimeError) as error:
+            problem += f", and the download failed ({first_line(error)})"
+            if folder_is_new:
+                with contextlib.suppress(OSError):
+                    data_dir.rmdir()
+    raise InputError(
+        f"data_dir: {problem}; {'' if download else 'allow its download, or '}put"
+        f" {CIFAR10.filename} (MD5 {CIFAR10.tgz_md5}) or {BINARY_FOLDER}/ into {data_dir}; or run"
+        " `python train.py demo`, which needs no download"
+    )
+
+
+def python_damage(folder: Path) -> str | None:
+    """Describe what is wrong with a file of the layout for Python; None if all are official."""
+    from torchvision.datasets import CIFAR10, utils
+
+    for name, md5 in (*CIFAR10.train_list, *CIFAR10.test_list):
+        path = folder / name
+        if not is_there(path):
+            return f"{path} is missing"
+        if not utils.check_integrity(path, md5):
+            return f"{path} is damaged (its MD5 is not the official one)"
+    return None
+
+
+def load_cifar10_python(folder: Path, test: bool = True) -> Dataset:
+    """Load CIFAR-10 in the layout for Python: six pickles, which must be known to be official."""
+    from torchvision.datasets import CIFAR10
+
+    splits = []
+    for files in (CIFAR10.train_list, CIFAR10.test_list)[: 1 + test]:
+        with warnings.catch_warnings(action="ignore"):  # NumPy 2.4.0 to 2.4.4 warn
+            batches = [
+                pickle.loads((folder / name).read_bytes(), encoding="latin1") for name, _ in files
+            ]
+        images = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
+        labels = [label for batch in batches for label in batch["labels"]]
+        splits.append(Split(torch.from_numpy(images), torch.tensor(labels)))
     return make_dataset("cifar10", *splits)
 
 

@@ -36,9 +36,9 @@ class Learner:
         self.config, self.steps = config, 0
         self.steps_per_epoch = steps_per_epoch(config, len(data.train))
         self.model = make_model(config, data, device)
+        distributed.synchronize(self.model)
         self.ema = make_average(self.model, config.ema_decay) if config.ema_decay else None
         self.eval_model = self.ema.module if self.ema else self.model
-        self.parallel = distributed.wrap_ddp(self.model)
         dtype = distributed.compute_dtype(device, config.bfloat16)
         self.autocast = distributed.make_autocast(device, config.bfloat16)
         faster = device.type == "cpu" and dtype == torch.bfloat16 and not config.compile
@@ -82,30 +82,29 @@ class Learner:
     def _learn(self, images: Tensor, targets: Tensor, n: int) -> tuple[Tensor]:
         logits = self.forward(images)
         loss = F.cross_entropy(logits, targets, reduction="sum")
-        # DDP averages the gradients over the processes. Scaled like this, their mean is that of the
-        # mean loss over the global batch, even where the shares differ in size.
-        self.update(loss * distributed.num_processes() / n)
+        self.update(loss / n)  # its gradients are summed over the processes
         return (torch.stack([loss.detach(), (logits.argmax(1) == targets.argmax(1)).sum()]),)
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, S, S) normalized images to (N, num_classes) float32 logits, in training mode."""
         with self.autocast, self.faster_layers:
-            return self.parallel(images).float()
+            return self.model(images).float()
 
     def update(self, loss: Tensor) -> None:
-        """Step against the gradient of `loss`."""
+        """Step against the gradient of `loss`, summed over all processes."""
         try:
             loss.backward()
+            distributed.sum_gradients(self.model)
             for optimizer in self.optimizers:
                 optimizer.step()
         finally:  # if it cannot be recorded, too: such gradients are no numbers
             self.model.zero_grad()  # here, before memory peaks at the end of the next forward pass
 
-    def synchronize_buffers(self) -> None:
-        """Copy the BN statistics of the main process to all, so that all test the same network."""
-        distributed.synchronize_buffers(self.model)
+    def synchronize(self) -> None:
+        """Copy the network of the main process to all: BN statistics differ between them."""
+        distributed.synchronize(self.model)
         if self.ema:
-            distributed.synchronize_buffers(self.ema.module)
+            distributed.synchronize(self.ema.module)
 
     def state_dict(self) -> dict[str, object]:
         """Everything that changes while it learns."""
@@ -172,8 +171,8 @@ class Proxy:
         with torch.set_grad_enabled(learns):
             losses = self.criterion(self.learner.forward(images), targets.argmax(1))
             losses, chosen = losses.topk(self.kept(len(targets)))
-        if learns:  # scaled as in Learner.step
-            self.learner.update(losses.sum() * distributed.num_processes() / n)
+        if learns:
+            self.learner.update(losses.sum() / n)
         return images[chosen], targets[chosen]
 
     def kept(self, num_images: int) -> int:

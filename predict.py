@@ -26,7 +26,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -280,18 +280,49 @@ def readable_formats() -> list[str]:
     return [name for name in Image.OPEN if name != "EPS"]
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(file: Image.Image) -> Image.Image:
     """Convert the first frame to 8-bit RGB: upright by its EXIF, alpha over white, 16 bits to 8."""
-    image = ImageOps.exif_transpose(image)
+    if file.format == "PNG" and "transparency" in file.info:
+        scale_transparent_color(file)
+    image = ImageOps.exif_transpose(file)
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers; save it with 8 bits")
-    if image.mode.startswith("I"):  # grayscale of 16 bits, which `convert` would cut off at 255
-        pixels = np.asarray(image).astype(np.float64).clip(0, 65535) / 257
-        image = Image.fromarray(pixels.round().astype(np.uint8))
+    if image.mode.startswith("I"):  # gray of more than 8 bits, which `convert` would cut off at 255
+        pixels = np.asarray(image)
+        gray = (pixels / (largest_gray(file) / 255)).round().astype(np.uint8)
+        gray[pixels == image.info.get("transparency", -1)] = 255
+        image = Image.fromarray(gray)
+    if image.mode == "La":  # with premultiplied alpha, from which Pillow converts to LA alone
+        image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def scale_transparent_color(file: Image.Image) -> None:
+    """Scale the transparent color of a PNG to 8 bits, as Pillow scales the pixels when it loads."""
+    color, layout = file.info["transparency"], file.tile[0].args
+    if layout in ("L;2", "L;4"):
+        file.info["transparency"] = color * {"L;2": 85, "L;4": 17}[layout]
+    elif layout == "RGB;16B":
+        file.info["transparency"] = tuple(value >> 8 for value in color)
+
+
+def largest_gray(file: Image.Image) -> int:
+    """The value of white in a file whose gray has more than 8 bits.
+
+    Raises:
+        ValueError: it is unknown.
+    """
+    if file.format == "TIFF" and file.tag_v2[ExifTags.Base.BitsPerSample] == (12,):
+        return 4095
+    if file.mode != "I" or file.format == "PPM":
+        return 65535
+    low, high = file.getextrema()  # of 32 bits few files use all
+    if low < 0 or high > 65535:
+        raise ValueError(f"its pixels are integers from {low} to {high}; save it with 8 bits")
+    return 255 if high <= 255 else 65535
 
 
 @functools.cache

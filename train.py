@@ -76,7 +76,7 @@ def train(
                 batches = proxy.hardest(batches, run.step)
             for images, targets, n in run.steps(batches):  # saves and stops between two steps
                 run.add(learner.step(images, targets, n), n)  # forward, backward, update
-            learner.synchronize_buffers()
+            learner.synchronize()
             run.end_epoch(evaluate(learner.eval_model, data.val, data.normalize, run.stop_if_asked))
 
         model, temperature = learner.eval_model, None

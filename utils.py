@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -253,11 +254,17 @@ def git_commit() -> str:
     # Neither a repository around this folder nor the one of a git hook that runs this counts.
     env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     env["GIT_CEILING_DIRECTORIES"] = str(folder.parent)
-    options = {"cwd": folder, "env": env, "stderr": subprocess.DEVNULL, "text": True}
+    options = {"cwd": folder, "env": env, "capture_output": True, "text": True, "errors": "replace"}
     try:
-        return subprocess.check_output(command, **options).strip()
-    except (OSError, subprocess.CalledProcessError):
+        answer = subprocess.run(command, **options)
+    except OSError:
         return "unknown"
+    if remedy := re.search(r"git config .*safe\.directory.*", answer.stderr):
+        warn(
+            f"git: {folder} belongs to another user, so the commit is recorded as unknown;"
+            f" `{remedy.group()}` allows git to read it"
+        )
+    return answer.stdout.strip() or "unknown"
 
 
 def library_versions() -> dict[str, str]:

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from utils import InputError
 
@@ -34,6 +33,8 @@ def init_processes(deterministic: bool = False) -> torch.device:
         torch.use_deterministic_algorithms(deterministic)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
+        # Filling every new tensor takes time, and changes only what is read before it is written.
+        torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = not deterministic
@@ -192,13 +193,24 @@ def broadcast_from_main(value: object) -> object:
     return values[0]
 
 
-def synchronize_buffers(model: nn.Module) -> None:
-    """Copy the BN statistics of the main process to all."""
+def synchronize(model: nn.Module) -> None:
+    """Copy the weights and BN statistics of the main process to all."""
     if dist.is_initialized():
-        for buffer in model.buffers():
-            dist.broadcast(buffer, src=0)
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, src=0)
 
 
-def wrap_ddp(model: nn.Module) -> nn.Module:
-    """Wrap `model` so that gradients are averaged, if there are several processes."""
-    return DistributedDataParallel(model) if num_processes() > 1 else model
+def sum_gradients(model: nn.Module) -> None:
+    """Sum the gradients of every weight over all processes.
+
+    DistributedDataParallel would send the first ones during the backward pass. But it regroups them
+    after the first step of a process, and in a sum over three or more processes the groups decide
+    the rounding: a resumed run would differ from an unbroken one.
+    """
+    if not dist.is_initialized():
+        return
+    gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    total = all_reduce_sum(torch.cat([gradient.flatten() for gradient in gradients]))
+    sums = total.split([gradient.numel() for gradient in gradients])
+    for gradient, summed in zip(gradients, sums, strict=True):
+        gradient.copy_(summed.view_as(gradient))

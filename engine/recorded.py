@@ -69,5 +69,5 @@ class Recorded:
 
 
 def can_record(device: torch.device) -> bool:
-    """True on a CUDA device that one process trains on; DDP cannot be recorded this way."""
+    """True on a CUDA device, if one process trains alone."""
     return device.type == "cuda" and num_processes() == 1

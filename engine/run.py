@@ -87,7 +87,9 @@ class Run:
         self.wandb: WandbRun | None = None  # in the main process
         self.wandb_id: str | None = None
         self._unread: list[Tensor] = []  # (loss, correct) of the newest steps, on the device
-        self._clock = self._saved_at = 0.0
+        self._clock = 0.0
+        self._saved_at = -math.inf  # by this process
+        self._resumed = False
         self._load()
 
     @property
@@ -143,7 +145,8 @@ class Run:
     ) -> Iterator[None]:
         """Within the block, the folder is locked, and stop signals are noted.
 
-        A resumed run continues from its saved state, a new one deletes what was in the folder.
+        A resumed run continues from its saved state. A new one replaces what was in the folder when
+        it saves its first state.
 
         Raises:
             InputError: the folder cannot be written or is in use, or the state does not fit.
@@ -163,9 +166,11 @@ class Run:
                 self._begin()
                 yield
             except DivergenceError as error:
+                last = self.folder / "last.pt"
+                good = f" the last good state is {last};" if self._has_state else ""
                 raise DivergenceError(
-                    f"{error} at lr {self.lr:g}; the last good state is {self.folder / 'last.pt'};"
-                    " start again with a lower --lr, under another --name"
+                    f"{error} at lr {self.lr:g};{good} start again with a lower --lr, under another"
+                    " --name"
                 ) from None
             finally:
                 self.progress.close()
@@ -190,25 +195,21 @@ class Run:
             ) from None
 
     def _begin(self) -> None:
-        """Prepare the folder, print the plan, and save the first state."""
-        last, resumed = self.folder / "last.pt", self._state is not None
+        """Print the plan. The files of a new run are written with its first state."""
+        last, self._resumed = self.folder / "last.pt", self._state is not None
         self._state = None  # its memory is needed
         if is_main():
+            git_commit()  # is kept: the commit that the run starts with is recorded
             if self._is_previous:  # or the next save would make the damaged one the previous one
                 problem = "is damaged" if last.exists() else "is missing"
                 warn(f"{last} {problem}; going on from {PREVIOUS}, the state that was saved before")
                 last.with_name(PREVIOUS).replace(last)
-            for name in () if resumed else reversed(RUN_FILES):
-                (self.folder / name).unlink(missing_ok=True)
             position = str(self) if self.epoch or self.step else None
             print_plan(self.config, self.data, self.data.train.labels.device, position)
             group = self.config.name.rpartition("/")[0] or None
             self.wandb = WandbRun(
                 self.config.wandb, self.folder, record(self.config), self.wandb_id, group
             )
-        self._save()
-        if is_main():
-            write_json(self.folder / "config.json", record(self.config))
         if self.report and self.log:
             self.report(self.log)
 
@@ -321,19 +322,32 @@ class Run:
 
     # ------------------------------------------------------------ saving and stopping
 
+    @property
+    def _has_state(self) -> bool:
+        """True if the folder holds a state of this run."""
+        return self._resumed or self._saved_at > -math.inf
+
     def _position(self) -> dict[str, object]:
         names = ("log", "step", "seen", "loss", "correct", "lr", "seconds")
         return {name: getattr(self, name) for name in names}
 
     def _save(self) -> None:
-        """Write last.pt, unless the state is not finite."""
+        """Write last.pt, unless the state is not finite.
+
+        The first state of a new run replaces what was in the folder. So a run that ends before its
+        first step is none, and the run that it was to overwrite is left as it was.
+        """
         parts = {name: part.state_dict() for name, part in self._parts.items()}
         if not all_finite(parts):
             raise DivergenceError(f"{self}: weights or gradients are not finite")
         if is_main():
             started = {"config": record(self.config), "data_fingerprint": self.data.fingerprint}
             position = self._position() | {"wandb_id": self.wandb.id}
+            for name in () if self._has_state else reversed(RUN_FILES):
+                (self.folder / name).unlink(missing_ok=True)
             save_state(self.folder / "last.pt", started | {"metrics": position} | parts)
+            if self._saved_at == -math.inf:
+                write_json(self.folder / "config.json", started["config"])
         self._saved_at = time.monotonic()
 
     def _write_log(self) -> None:
@@ -383,6 +397,8 @@ class Run:
 
     def _end_if_asked(self, number: int) -> None:
         """Raise StoppedError if `number` is that of a signal; 0 is none."""
+        if number and not self._has_state:
+            end_by_signal(number, "before the first step; the same command starts it again")
         if number:
             remedy = how_to_go_on(self.config)
             end_by_signal(number, f"after {self}, saved in {self.folder}; {remedy}")
@@ -408,19 +424,22 @@ def how_to_go_on(config: Config) -> str:
 
 def end_by_signal(number: int, where: str) -> None:
     """Raise StoppedError for the signal `number`; `where` ends its message."""
-    raise StoppedError(number, f"stopped by {signal.Signals(number).name} {where}")
+    cause = "the end of torchrun" if stop_signals.orphaned else signal.Signals(number).name
+    raise StoppedError(number, f"stopped by {cause} {where}")
 
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Create `folder` and lock it for the block.
 
-    The operating system releases the lock when the process ends, even if it is killed.
+    The operating system releases the lock when the process ends, even if it is killed. On a file
+    system without locks filelock would make a file instead, which a killed process leaves behind.
 
     Raises:
-        InputError: another process holds the lock, or the folder cannot be written.
+        InputError: another process holds the lock, or the folder cannot be written or locked.
     """
-    problem, lock = None, filelock.FileLock(folder / "run.lock", blocking=False)
+    problem, is_new = None, not folder.exists()
+    lock = filelock.FileLock(folder / "run.lock", blocking=False, fallback_to_soft=False)
     if is_main():
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -429,10 +448,26 @@ def lock_folder(folder: Path) -> Iterator[None]:
         except filelock.Timeout:
             problem = f"name: another process is training in {folder}; give another --name"
         except OSError as error:
-            problem = f"name: {folder} cannot be written ({error.strerror})"
+            problem = f"name: {folder} {why_unusable(folder, error)}"
+            if is_new:
+                with contextlib.suppress(OSError):
+                    (folder / "run.lock").unlink(missing_ok=True)
+                    folder.rmdir()
     if problem := broadcast_from_main(problem):
         raise InputError(problem)
     try:
         yield
     finally:
         lock.release()
+
+
+def why_unusable(folder: Path, error: OSError) -> str:
+    """What is wrong with a folder that cannot be created, written or locked, and the remedy."""
+    for path in (folder, *folder.parents):
+        if path.is_symlink() and not path.exists():
+            to = path.readlink()
+            return f"cannot be written: {path} is a link to {to}, which is missing; create that"
+    return (
+        f"cannot be written and locked ({error.strerror}); set the environment variable"
+        " TPSNET_CHECKPOINTS to another folder for all runs"
+    )

@@ -17,6 +17,8 @@ import threading
 from pathlib import Path
 
 OLDEST_PYTHON = (3, 11)
+# In the messages of a CPU, GPUs of NVIDIA and Apple, cuBLAS and C++. Only CUDA has a class for it.
+OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED", "bad_alloc")
 
 
 def run_script(name: str) -> None:
@@ -53,9 +55,13 @@ def run_script(name: str) -> None:
     except (utils.InputError, utils.DivergenceError, utils.SearchError) as error:
         utils.print_error(f"error: {error}")
         sys.exit(2 if isinstance(error, utils.InputError) else 1)
-    except torch.OutOfMemoryError as error:  # of a GPU
-        first = utils.first_line(error)
-        utils.print_error(f"error: batch_size: {first}; use a smaller one, or a free GPU")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(s in str(error) for s in OUT_OF_MEMORY):
+            raise
+        problem = utils.first_line(error).rpartition("DefaultCPUAllocator: ")[2]
+        utils.print_error(
+            f"error: memory: {problem}; free some, or train with a smaller --batch-size"
+        )
         sys.exit(2)
     except utils.StoppedError as stop:
         utils.print_error(str(stop))
@@ -93,7 +99,7 @@ def report_missing(error: ModuleNotFoundError) -> int:
 
 
 class StopSignals:
-    """Within the block, the first stop signal is stored in `received` and acknowledged on stderr.
+    """Within the block, the first stop signal is stored, and acknowledged on stderr.
 
     These are SIGINT (Ctrl-C), SIGTERM, SIGUSR1, which SLURM sends when a job's time is running out,
     and SIGHUP, when the terminal closes, unless it is ignored as under nohup. A second Ctrl-C
@@ -104,13 +110,25 @@ class StopSignals:
     NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")  # Windows lacks the last two
 
     def __init__(self) -> None:
-        self.received = 0  # number of the first signal, or 0
+        self._received = 0  # number of the first signal, or 0
+        under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        self._launcher = os.getppid() if under_torchrun else None
         self._replaced: list[dict[int, object]] = []  # handlers, by block
         self._terminals: list[int] = []  # those of stdout and stderr that are one
 
+    @property
+    def received(self) -> int:
+        """Number of the first signal, or 0. The end of torchrun counts as SIGHUP."""
+        return self._received or (signal.SIGHUP if self.orphaned else 0)
+
+    @property
+    def orphaned(self) -> bool:
+        """True if torchrun has ended and left this process behind."""
+        return self._launcher not in (None, os.getppid())
+
     def __enter__(self) -> StopSignals:
         if not self._replaced:
-            self.received = 0
+            self._received = 0
             self._terminals = [number for number in (1, 2) if os.isatty(number)]
         handlers = {}
         self._replaced.append(handlers)
@@ -131,18 +149,18 @@ class StopSignals:
 
     def _receive(self, number: int, _frame: object) -> None:
         name, alone = signal.Signals(number).name, os.environ.get("WORLD_SIZE", "1") == "1"
-        if name == "SIGINT" and self.received and alone:
+        if name == "SIGINT" and self._received and alone:
             raise KeyboardInterrupt("interrupted; --resume goes on from what was saved")
         if name == "SIGHUP":  # the terminal has closed, and writing to it would be an error
             for terminal in self._terminals:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
-        if not self.received and os.environ.get("LOCAL_RANK", "0") == "0":
+        if not self._received and os.environ.get("LOCAL_RANK", "0") == "0":
             again = "; again to stop at once" if name == "SIGINT" and alone else ""
             clear = "\r\x1b[K" if os.isatty(2) else ""  # of a progress bar
             with contextlib.suppress(OSError):
                 # Not print, which may be interrupted in the middle of a line by the signal.
                 os.write(2, f"{clear}{name}: stopping after this step{again}\n".encode())
-        self.received = self.received or number
+        self._received = self._received or number
 
 
 stop_signals = StopSignals()  # of this process

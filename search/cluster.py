@@ -11,6 +11,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from config import CHECKPOINTS
 from search.space import Search
 from utils import InputError, first_line
 
@@ -61,7 +62,7 @@ def ray_started(search: Search) -> Iterator[None]:
             include_dashboard=False,
             log_to_driver=False,
             logging_level="CRITICAL",
-            runtime_env={"env_vars": {"PYTHONPATH": path}},
+            runtime_env={"env_vars": {"PYTHONPATH": path, "TPSNET_CHECKPOINTS": str(CHECKPOINTS)}},
         )
     except Exception as error:  # Ray raises plain ones, too
         if not search.address:

@@ -7,6 +7,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+os.environ.pop("TPSNET_CHECKPOINTS", None)  # the tests name their folders
+
 # Tests on all cores at once: none of them, nor a script it runs, may take all for itself.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")

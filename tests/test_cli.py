@@ -4,6 +4,8 @@ A mistake is one line that names the field, its value and the remedy; status 2; 
 """
 
 import ast
+import errno
+import fcntl
 import inspect
 import io
 import json
@@ -166,8 +168,27 @@ def test_run_that_is_there_or_in_use_or_cannot_be_made(monkeypatch, capsys):
     check_refusal("demo", words, monkeypatch, capsys)
     shutil.rmtree("checkpoints")
     Path("checkpoints").write_text("a file")
-    words = ["name", "checkpoints/demo", "cannot be written"]
+    words = ["name", "checkpoints/demo", "cannot be written", "TPSNET_CHECKPOINTS"]
     check_refusal("demo --wandb disabled", words, monkeypatch, capsys)
+
+
+def test_folder_behind_a_link_to_nothing():
+    Path("checkpoints").symlink_to("/mnt/gone")
+    words = r"^name: .* checkpoints is a link to /mnt/gone, which is missing; create that"
+    with pytest.raises(InputError, match=words), lock_folder(Path("checkpoints/demo")):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_file_system_without_locks(number, monkeypatch):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    words = rf"^name: .* cannot be written and locked \({os.strerror(number)}\); set the environ"
+    with pytest.raises(InputError, match=words), lock_folder(Path("checkpoints/demo")):
+        pass
+    assert written().keys() == {Path("checkpoints")}
 
 
 @pytest.mark.parametrize(
@@ -310,7 +331,10 @@ def script(monkeypatch):
         (SearchError("no trial succeeded"), 1, "error: no trial succeeded"),
         (StoppedError(signal.SIGTERM, "stopped by SIGTERM"), 143, "stopped by SIGTERM"),
         (KeyboardInterrupt(), 130, "interrupted"),
-        (torch.OutOfMemoryError("CUDA out of memory.\nAnd more"), 2, "error: batch_size: CUDA"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nAnd more"), 2, "error: memory: CUDA"),
+        (RuntimeError("MPS backend out of memory (MPS"), 2, "error: memory: MPS"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), 2, "error: memory: CUDA"),
+        (MemoryError(), 2, "error: memory: MemoryError; free some, or train with a smaller"),
         (ModuleNotFoundError("no", name="tyro"), 2, "error: tyro: not installed; run `pip install"),
         (ModuleNotFoundError("no", name="ray.tune"), 2, "error: ray: not installed"),
         (OSError(28, "No space left"), 2, "error: [Errno 28] No space left"),
@@ -330,9 +354,19 @@ def test_error_is_one_line_and_a_status(error, status, line, script, monkeypatch
     assert errors.count("\n") == bool(line)
 
 
-def test_other_errors_keep_their_traceback(script):
-    with pytest.raises(ZeroDivisionError):
-        script(lambda _: 1 / 0)
+def test_cpu_without_enough_memory(script, capsys):
+    assert script(lambda _: torch.empty(1 << 50)) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"error: memory: .* memory: you tried .* smaller --batch-size\n", error)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, RuntimeError])
+def test_other_errors_keep_their_traceback(script, error):
+    def main(_args):
+        raise error("something else")
+
+    with pytest.raises(error, match="something else"):
+        script(main)
 
 
 def test_output_that_cannot_be_written_or_knows_no_unicode(script, monkeypatch, capsys):
@@ -371,7 +405,6 @@ IMPORTING = """
 import atexit, importlib, json, os, pathlib, signal, sys, threading, warnings
 import filelock, matplotlib.figure, numpy, PIL.Image, PIL.ImageOps, safetensors.torch
 import scipy.optimize, torch, torch.optim.swa_utils, torch.utils.flop_counter, torchvision, tqdm
-from torch.nn.parallel import DistributedDataParallel
 
 def state():
     return {
@@ -414,3 +447,15 @@ def test_commit_of_a_repository_around_ours_is_not_ours(monkeypatch):
     monkeypatch.setattr(utils, "__file__", str(outer / "ours" / "utils.py"))
     monkeypatch.setenv("GIT_DIR", str(outer.resolve() / ".git"))  # as in a hook
     assert utils.git_commit.__wrapped__() == "unknown"
+
+
+def test_clone_of_another_user_is_reported_with_the_remedy(monkeypatch, capsys):
+    remedy = "git config --global --add safe.directory /clone"
+    text = f"fatal: detected dubious ownership in repository\nTo add an exception:\n\n\t{remedy}\n"
+    Path("git").write_text(f"#!/bin/sh\nprintf '{text}' >&2\nexit 128\n")
+    Path("git").chmod(0o755)
+    monkeypatch.setenv("PATH", str(Path.cwd()), prepend=os.pathsep)
+    assert utils.git_commit.__wrapped__() == "unknown"
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: git: ") and f"unknown; `{remedy}` allows" in warning
+    assert warning.count("\n") == 1

@@ -93,7 +93,7 @@ def tiny_cifar10(monkeypatch, tmp_path):
     """20 images a file, known to torchvision by their MD5, in both layouts."""
     monkeypatch.setattr(data, "IMAGES_PER_FILE", 20)
     archive, binary = tmp_path / "archive", tmp_path / "binary"
-    python_folder, binary_folder = archive / "cifar-10-batches-py", binary / data.BINARY_FOLDER
+    python_folder, binary_folder = archive / data.PYTHON_FOLDER, binary / data.BINARY_FOLDER
     python_folder.mkdir(parents=True)
     binary_folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -102,24 +102,29 @@ def tiny_cifar10(monkeypatch, tmp_path):
         records = rng.integers(0, 256, (20, data.RECORD_BYTES), dtype=np.uint8)
         records[:, 0] %= 10
         records.tofile(binary_folder / name)
-        content = pickle.dumps({"data": records[:, 1:], "labels": records[:, 0].tolist()})
+        batch = {"data": records[:, 1:], "labels": records[:, 0].tolist()}
+        # The flags are numbers, as in the official files: NumPy 2.4.0 to 2.4.4 warn about them.
+        content = pickle.dumps(batch, 2).replace(b"\x89\x88\x87", b"K\x00K\x01\x87", 1)
         (python_folder / name.removesuffix(".bin")).write_bytes(content)
         md5[name.removesuffix(".bin")] = hashlib.md5(content).hexdigest()
-    meta = pickle.dumps({"label_names": data.FACTS["cifar10"][0]})
-    (python_folder / "batches.meta").write_bytes(meta)
     *train, test = md5.items()
     cifar10 = torchvision.datasets.CIFAR10
-    with tarfile.open(archive / cifar10.filename, "w:gz") as tar:
-        tar.add(python_folder, python_folder.name)
     monkeypatch.setattr(cifar10, "train_list", train)
     monkeypatch.setattr(cifar10, "test_list", [test])
-    monkeypatch.setattr(cifar10, "meta", cifar10.meta | {"md5": hashlib.md5(meta).hexdigest()})
-    tgz = (archive / cifar10.filename).read_bytes()
-    monkeypatch.setattr(cifar10, "tgz_md5", hashlib.md5(tgz).hexdigest())
+    monkeypatch.setattr(cifar10, "tgz_md5", pack(python_folder, archive / cifar10.filename))
+    monkeypatch.setattr(data, "BINARY_MD5", pack(binary_folder, binary / data.BINARY_ARCHIVE))
     monkeypatch.setattr(cifar10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")  # refuses
     return archive, binary
 
 
+def pack(folder, archive):
+    """Write an archive of `folder`; returns its MD5."""
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, folder.name)
+    return hashlib.md5(archive.read_bytes()).hexdigest()
+
+
+@pytest.mark.filterwarnings("error")
 def test_archive_and_binary_layout_are_the_same_data(tiny_cifar10):
     archive, binary = (cifar10(folder) for folder in tiny_cifar10)
     assert torch.equal(archive.train.images, binary.train.images)
@@ -156,34 +161,83 @@ def test_without_test_images_the_rest_is_the_same_and_their_file_is_not_read(tin
     assert torch.equal(digits.train.labels, load_dataset(DIGITS).train.labels)
 
 
-def test_archive_that_was_put_there_is_unpacked_without_a_download(tiny_cifar10):
-    folder, _ = tiny_cifar10
-    for file in (folder / "cifar-10-batches-py").iterdir():
+LAYOUTS = pytest.mark.parametrize(
+    ("layout", "name"), [(0, data.PYTHON_FOLDER), (1, data.BINARY_FOLDER)], ids=["python", "binary"]
+)
+
+
+@LAYOUTS
+def test_archive_that_was_put_there_is_unpacked_without_a_download(tiny_cifar10, layout, name):
+    folder = tiny_cifar10[layout]
+    for file in (folder / name).iterdir():
         file.unlink()
+    assert len(cifar10(folder / name).train) == 100  # the archive is beside this folder
+    assert len(list((folder / name).glob("data_batch_?*"))) == 5
+
+
+@LAYOUTS
+@pytest.mark.parametrize("place", ["inner folder", "renamed folder", "unpacked twice"])
+def test_unpacked_files_are_found_without_their_archive(tiny_cifar10, layout, name, place):
+    folder = tiny_cifar10[layout]
+    for archive in folder.glob("*.tar.gz"):
+        archive.unlink()
+    if place == "inner folder":
+        folder = folder / name
+    elif place == "renamed folder":
+        folder = (folder / name).rename(folder / "mine")
+    else:
+        (folder / name).rename(folder / "inner")
+        (folder / name).mkdir()
+        (folder / "inner").rename(folder / name / name)
     assert len(cifar10(folder).train) == 100
 
 
 @pytest.mark.parametrize("download", [False, True])
-@pytest.mark.parametrize("damage", ["missing", "truncated", "hostile"])
-def test_without_a_sound_archive_one_line_says_what_to_do(tiny_cifar10, tmp_path, download, damage):
+@pytest.mark.parametrize("damage", ["nothing there", "archive", "truncated", "hostile", "missing"])
+def test_without_sound_files_one_line_says_what_to_do(
+    tiny_cifar10, tmp_path, capsys, download, damage
+):
     folder, _ = tiny_cifar10
-    if damage == "missing":
-        folder = tmp_path / "nothing here"
+    archive, batch = (
+        folder / name for name in ("cifar-10-python.tar.gz", "cifar-10-batches-py/data_batch_2")
+    )
+    content = {"hostile": pickle.dumps(Bomb()), "truncated": batch.read_bytes()[:100]}
+    problem = f"{batch} is damaged (its MD5 is not the official one)"
+    if damage == "archive":
+        archive.write_bytes(archive.read_bytes()[:-1])
+        problem = f"{archive} is damaged (its MD5 is not the official one)"
     else:
-        batch = folder / "cifar-10-batches-py" / "data_batch_2"
-        content = batch.read_bytes()
-        batch.write_bytes(content[:100] if damage == "truncated" else pickle.dumps(Bomb()))
-        (folder / "cifar-10-python.tar.gz").unlink()
+        archive.unlink()
+    if damage in content:
+        batch.write_bytes(content[damage])
+    else:
+        batch.unlink()
+    if damage == "missing":
+        problem = f"{batch} is missing"
+    if damage == "nothing there":
+        folder = tmp_path / "nothing here"
+        problem = f"no CIFAR-10 in {folder}"
     with pytest.raises(InputError) as error:
         cifar10(folder, download=download)
     message = str(error.value)
-    assert message.startswith(f"data_dir: no CIFAR-10 in {folder} (")
+    assert message.startswith(f"data_dir: {problem}")
     assert "\n" not in message
+    assert ("and the download failed (" in message) == download
     assert "put cifar-10-python.tar.gz" in message
     assert "train.py demo" in message
     assert not Path("bomb_went_off").exists()
-    if damage == "missing":
+    assert archive.exists() == (damage == "archive")
+    warning = capsys.readouterr().err
+    assert ("downloading CIFAR-10 again" in warning) == (download and damage != "nothing there")
+    if damage == "nothing there":
         assert not folder.exists()
+
+
+@pytest.mark.parametrize("download", [False, True])
+def test_folder_that_cannot_be_looked_into_is_one_line(download):
+    name = "long" * 100
+    with pytest.raises(InputError, match=f"^data_dir: .*{name}"):
+        cifar10(name, download=download)
 
 
 def damaged(path, how):

@@ -1,4 +1,4 @@
-"""Two real processes under torchrun, with gloo."""
+"""Two or three real processes under torchrun, with gloo."""
 
 import json
 import os
@@ -33,6 +33,13 @@ def test_two_processes_take_the_same_first_step_as_one(capsys):
         assert (single.pop("processes"), double.pop("processes")) == (1, 2)
         assert double == pytest.approx(single, rel=1e-5)
         assert single["change"] > 0.01
+
+
+@pytest.mark.slow
+def test_three_processes_go_on_to_the_bit():
+    """The order of sums over two could not matter."""
+    three = run("tests/resumed_steps.py", launcher=(*TORCHRUN[:-1], "3"), OMP_NUM_THREADS="1")
+    assert three.stdout == "differences: 0\n", three.stderr
 
 
 LINE = (
@@ -149,6 +156,28 @@ def test_signal_to_torchrun_saves_at_the_same_step_everywhere():
     errors = process.communicate()[1]
     assert process.returncode != 0
     stopped = [line for line in errors.splitlines() if line.startswith("stopped by SIGTERM")]
+    assert len(stopped) == 1
+    state = load_state(Path("checkpoints/demo/last.pt"))[0]["metrics"]
+    where = f"epoch {len(state['log']) + 1}, step {state['step']}"
+    assert (where if state["step"] else f"epoch {len(state['log'])}") + "," in stopped[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGKILL])
+def test_processes_that_torchrun_leaves_behind_save_and_end(number):
+    process = subprocess.Popen(
+        command(*LINE, "--epochs", 500, launcher=TORCHRUN),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("epoch   1/500"):
+            process.send_signal(number)
+            break
+    errors = process.communicate(timeout=120)[1]  # until both have closed them
+    assert process.returncode == -number
+    stopped = [line for line in errors.splitlines() if line.startswith("stopped by the end of")]
     assert len(stopped) == 1
     state = load_state(Path("checkpoints/demo/last.pt"))[0]["metrics"]
     where = f"epoch {len(state['log']) + 1}, step {state['step']}"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import command, run_main
-from PIL import Image
+from PIL import ExifTags, Image, TiffImagePlugin
 
 import predict
 from data import Normalize
@@ -60,6 +60,39 @@ def seen(image, resize="crop", **options):
     return predict.read_picture(file, resize).int()
 
 
+def png_of(depth, kind, samples, **chunks):
+    """A PNG of so many bits a sample, (32, 32, C) integers; `kind` is its color type."""
+    wide = np.asarray(samples).reshape(32, -1)
+    if depth < 8:
+        rows = np.packbits((wide[..., None] >> np.arange(depth)[::-1] & 1).reshape(32, -1), axis=1)
+    else:
+        rows = wide.astype(f">u{depth // 8}")
+    content = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    header = struct.pack(">IIBBBBB", 32, 32, depth, kind, 0, 0, 0)
+    return png_file(IHDR=header, **chunks, IDAT=content, IEND=b"")
+
+
+def png_file(**chunks):
+    """A PNG of chunks."""
+    parts = []
+    for name, content in chunks.items():
+        checked = name.encode() + content
+        crc = struct.pack(">I", zlib.crc32(checked))
+        parts.append(struct.pack(">I", len(content)) + checked + crc)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def tiff_of(data, **tags):
+    """A TIFF of 32x32 pixels in gray, as Pillow itself writes none."""
+    values = {"ImageWidth": 32, "ImageLength": 32, "Compression": 1, "RowsPerStrip": 32} | tags
+    values |= {"PhotometricInterpretation": 1, "StripByteCounts": len(data), "StripOffsets": 0}
+    ifd = TiffImagePlugin.ImageFileDirectory_v2()
+    for name, value in values.items():
+        ifd[ExifTags.Base[name]] = value
+    # Pillow adds the place of the data to the offset.
+    return b"II*\0\x08\0\0\0" + ifd.tobytes(8) + data
+
+
 def expected(pixels):
     """Pillow's antialiased scaling of the middle square of (60, 90, 3) pixels."""
     square = Image.fromarray(pixels[:, 15:75]).resize((32, 32), Image.Resampling.BILINEAR)
@@ -81,6 +114,10 @@ def close(a, b, tolerance=1):
         ("RGB", {"format": "WEBP", "lossless": True}, 0),
         ("RGB", {"format": "AVIF", "quality": 100}, 8),
         ("CMYK", {"format": "TIFF"}, 0),
+        ("CMYK", {"format": "JPEG", "quality": 95}, 8),
+        ("YCbCr", {"format": "TIFF"}, 3),
+        ("LAB", {"format": "TIFF"}, 40),
+        ("RGBX", {"format": "TIFF"}, 0),
         ("P", {"format": "GIF"}, 32),  # the nearest of a palette's colors
     ],
 )
@@ -97,6 +134,57 @@ def test_grayscale_of_8_and_16_bits_is_gray():
     assert close(seen(wide, format="TIFF"), gray, 0)
     with pytest.raises(ValueError, match="save it with 8 bits"):
         seen(Image.fromarray(GRAY.astype(np.float32)), format="TIFF")
+
+
+def test_gray_of_32_bits_has_the_range_of_its_own_values():
+    gray = expected(np.stack([GRAY] * 3, axis=-1))
+    for scale in (1, 257):
+        wide = Image.fromarray(GRAY.astype(np.int32) * scale)
+        assert close(seen(wide, format="TIFF"), gray, 0)
+        assert close(seen(wide, format="TIFF", compression="tiff_lzw"), gray, 0)
+    dark = Image.fromarray(GRAY.astype(np.int32))
+    assert (seen(dark, format="PPM") <= 1).all()  # 16 bits, and so says the file
+    for scale, words in ((400, "integers from 0 to 71200"), (-1, "integers from -178 to 0")):
+        with pytest.raises(ValueError, match=f"{words}; save it with 8 bits"):
+            seen(Image.fromarray(GRAY.astype(np.int32) * scale), format="TIFF")
+
+
+def test_rare_tiffs_of_gray_are_gray():
+    twelve = np.packbits(np.tile([0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0], 32 * 32)).tobytes()  # 128
+    content = tiff_of(twelve, BitsPerSample=12)
+    assert (predict.read_picture(io.BytesIO(content)) == 8).all()
+    half = tiff_of(
+        bytes([30, 128] * 32 * 32), BitsPerSample=(8, 8), SamplesPerPixel=2, ExtraSamples=1
+    )
+    shown = predict.read_picture(io.BytesIO(half)).int()  # 30 of its own, and half of white
+    assert close(shown, 30 + 127)
+
+
+TRANSPARENT = {  # the left half is transparent, and the right half is what is shown
+    "gray of 1 bit": (1, 0, 1, 0, 1, 0),
+    "gray of 2 bits": (2, 0, 1, 2, 1, 170),
+    "gray of 4 bits": (4, 0, 5, 6, 5, 102),
+    "gray of 8 bits": (8, 0, 5, 6, 5, 6),
+    "gray of 16 bits": (16, 0, 0x1234, 0x1235, 0x1234, 18),
+    "RGB of 8 bits": (8, 2, [1, 2, 3], [128] * 3, [1, 2, 3], 128),
+    "RGB of 16 bits": (16, 2, [0x1234, 2, 3], [0x8080] * 3, [0x1234, 2, 3], 128),
+    "gray and alpha of 16 bits": (16, 4, [5, 0], [0x8080, 0xFFFF], None, 128),
+    "RGBA of 16 bits": (16, 6, [5, 5, 5, 0], [0x8080] * 3 + [0xFFFF], None, 128),
+    "palette": (8, 3, 0, 1, None, 9),
+    "palette of 1 bit": (1, 3, 0, 1, None, 9),
+}
+
+
+@pytest.mark.parametrize("name", TRANSPARENT)
+def test_transparent_color_of_a_png_shows_white(name):
+    depth, kind, left, right, color, shown = TRANSPARENT[name]
+    samples = np.stack([np.stack([left] * 16 + [right] * 16)] * 32)
+    chunks = {"PLTE": bytes([7] * 3 + [9] * 3), "tRNS": bytes([0, 255])} if kind == 3 else {}
+    if color:
+        chunks["tRNS"] = np.array(color, ">u2").tobytes()
+    found = predict.read_picture(io.BytesIO(png_of(depth, kind, samples, **chunks)))
+    assert (found[:, :, :16] == 255).all()
+    assert (found[:, :, 16:] == shown).all()
 
 
 def test_transparency_shows_white():
@@ -117,10 +205,11 @@ def test_exif_orientation_is_undone(orientation, undo):
     assert close(seen(stored, exif=exif.tobytes()), expected(PHOTO), 0)
 
 
-def test_first_frame_of_an_animation_counts():
+@pytest.mark.parametrize("file_format", ["GIF", "PNG", "WEBP", "TIFF", "MPO"])
+def test_first_frame_of_several_counts(file_format):
     first, second = Image.new("RGB", (40, 40), "red"), Image.new("RGB", (40, 40), "blue")
-    red = seen(first, format="GIF", save_all=True, append_images=[second])
-    assert red[:, 16, 16].tolist() == [255, 0, 0]
+    red = seen(first, format=file_format, save_all=True, append_images=[second])
+    assert close(red[:, 16, 16], torch.tensor([255, 0, 0]), 1)
 
 
 def test_crop_is_floored_and_squash_takes_all():
@@ -152,13 +241,8 @@ def test_heic_is_read_where_its_library_is():
 
 def bomb():
     """A PNG that claims 3.6 gigapixels and holds next to nothing."""
-
-    def chunk(kind, content):
-        checked = kind + content
-        return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(99)))
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    return png_file(IHDR=header, IDAT=zlib.compress(bytes(99)))
 
 
 BAD = {

@@ -32,7 +32,7 @@ from engine.script import stop_signals
 from learner import Learner
 from model import Architecture
 from train import train, train_seeds
-from utils import DivergenceError, InputError, part_of
+from utils import DivergenceError, InputError, StoppedError, part_of
 
 FOLDER = Path("checkpoints/tiny")
 EACH_STEP = replace(TINY, save_minutes=0.0)
@@ -66,7 +66,7 @@ def files():
 # ---------------------------------------------------------------- resuming equals the whole run
 
 PROXY, AVERAGE = RECIPES[2], RECIPES[3]  # with Muon and smaller images first; with dropout
-STEPS = TINY.max_steps_per_epoch  # each step and each epoch's end is a save, and so is the start
+STEPS = TINY.max_steps_per_epoch  # each step and each epoch's end is a save
 RECIPE = {
     "tiny": EACH_STEP,
     "proxy, muon": replace(PROXY, name="tiny", max_steps_per_epoch=3),
@@ -74,15 +74,15 @@ RECIPE = {
 }
 MOMENTS = {
     "kill while the first state is saved": ("last.pt", 1, signal.SIGKILL, None),
-    "kill in mid-epoch": (PREVIOUS, 6, signal.SIGKILL, (1, 1)),
-    "kill between the two renamings": ("last.pt", 7, signal.SIGKILL, (1, 1)),
-    "kill after an epoch's last step": (PREVIOUS, 4, signal.SIGKILL, (0, 3)),
+    "kill in mid-epoch": (PREVIOUS, 5, signal.SIGKILL, (1, 1)),
+    "kill between the two renamings": ("last.pt", 6, signal.SIGKILL, (1, 1)),
+    "kill after an epoch's last step": (PREVIOUS, 3, signal.SIGKILL, (0, 3)),
     "kill after an epoch before its log row": ("log.csv", 1, signal.SIGKILL, (1, 0)),
     "kill after the last epoch before the test": ("log.csv", -1, signal.SIGKILL, "end"),
     "kill after the test": ("model.safetensors", -1, signal.SIGKILL, "end"),
-    "SIGTERM in mid-epoch": (PREVIOUS, 5, signal.SIGTERM, (1, 2)),
-    "SIGINT before the validation": (PREVIOUS, 3, signal.SIGINT, (0, 3)),  # if there is one
-    "SIGUSR1 at an epoch's end": (PREVIOUS, 4, signal.SIGUSR1, (1, 1)),
+    "SIGTERM in mid-epoch": (PREVIOUS, 4, signal.SIGTERM, (1, 2)),
+    "SIGINT before the validation": (PREVIOUS, 2, signal.SIGINT, (0, 3)),  # if there is one
+    "SIGUSR1 at an epoch's end": (PREVIOUS, 3, signal.SIGUSR1, (1, 1)),
     "SIGHUP after the last epoch": ("log.csv", -1, signal.SIGHUP, "end"),
 }
 TINY_MOMENTS = [moment for moment in MOMENTS if "validation" not in moment]
@@ -194,7 +194,7 @@ def test_signal_too_late_to_matter_lets_the_run_finish():
 
 
 def test_second_ctrl_c_stops_at_once():
-    fork = Fork(EACH_STEP, {(PREVIOUS, 5): signal.SIGINT, (PREVIOUS, 6): signal.SIGINT})
+    fork = Fork(EACH_STEP, {(PREVIOUS, 4): signal.SIGINT, (PREVIOUS, 5): signal.SIGINT})
     assert fork.wait() == 130
     assert any("SIGINT: stopping" in s and "again to stop at once" in s for s in fork.lines)
     assert "--resume goes on" in fork.lines[-1]
@@ -205,7 +205,7 @@ def test_second_ctrl_c_stops_at_once():
     ("ending", "nth", "begun"),
     [
         ("tiny-0/model.safetensors", 4, ["tiny-0"]),  # while the first network finishes
-        pytest.param(  # before the second one's first step
+        pytest.param(  # after the second one's first step
             "tiny-1/config.json", 1, ["tiny-0", "tiny-1"], marks=pytest.mark.slow
         ),
     ],
@@ -267,29 +267,58 @@ def test_closed_terminal(ignored):
     assert where()[0] == 12 if ignored else 2 <= where()[0] < 400
 
 
+def write_program(name, text):
+    """Write a bash script into this folder."""
+    Path(name).write_text(f"#!/bin/bash\n{text}\n")
+    Path(name).chmod(0o755)
+
+
 @pytest.mark.slow
-def test_slurm_script_of_the_docs_requeues_itself(tmp_path):
-    """With stand-ins for srun, which here warns of the end of the time, and scontrol."""
+@pytest.mark.parametrize("nodes", [0, 1, 2], ids=["one GPU", "one node", "two nodes"])
+def test_slurm_jobs_of_the_docs_save_end_and_requeue(tmp_path, nodes):
+    """With stand-ins for srun, which passes signals on to its tasks, and scontrol."""
     page = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
-    script = re.search(r"```sh\n(#!/bin/bash\n.*?)```", page, re.DOTALL).group(1)
-    assert "srun python train.py tpsnet --wandb offline --resume\n" in script
+    jobs = re.findall(r"```sh\n(#!/bin/bash\n.*?)```", page, re.DOTALL)
+    script = jobs[bool(nodes)]
+    assert script.count("train.py tpsnet --wandb offline --resume") == 1
     small = "demo --name tpsnet --epochs 400 --max-steps-per-epoch 2 --wandb offline"
     script = script.replace("train.py tpsnet --wandb offline", f"{ROOT / 'train.py'} {small}")
-    srun = """
-        shift
-        "$PYTHON" "$@" > out.txt &
-        until grep -q "^epoch *2/" out.txt; do sleep 0.1; done
-        kill -USR1 $!
-        wait $!
-    """
-    for name, text in {"srun": srun, "scontrol": 'echo "$@" > scontrol.txt'}.items():
-        Path(name).write_text(f"#!/bin/bash\n{text}\n")
-        Path(name).chmod(0o755)
-    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
-    env |= {"PYTHON": sys.executable}
-    job = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True)
-    assert "stopped by SIGUSR1 after epoch " in job.stderr
-    assert Path("scontrol.txt").read_text() == "requeue 77\n"
+    script = script.replace("--nproc-per-node 4", f"--nproc-per-node {1 + (nodes == 1)}")
+    write_program("python", 'exec "$PYTHON" "$@"')
+    write_program("torchrun", 'exec "$PYTHON" -m torch.distributed.run "$@"')
+    write_program("scontrol", 'echo "$@" > scontrol.txt')
+    write_program(
+        "srun",
+        """
+        trap 'kill -USR1 "${tasks[@]}"' USR1
+        for node in $(seq ${SLURM_NNODES:-1}); do "$@" & tasks+=($!); done
+        echo $$ > srun.txt
+        for task in "${tasks[@]}"; do
+            wait $task; status=$?
+            while kill -0 $task 2> /dev/null; do wait $task; status=$?; done
+        done
+        exit $status
+        """,
+    )
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable}
+    env |= {"SLURM_JOB_ID": str(os.getpid()), "TPSNET_CHECKPOINTS": "runs", "OMP_NUM_THREADS": "1"}
+    if nodes:
+        env["SLURM_NNODES"] = str(nodes)
+    job = subprocess.Popen(
+        ["bash", "-c", script], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not job.stdout.readline().startswith("epoch   2/"):
+        assert job.poll() is None
+    # As SLURM does: to the tasks, or with B: to the job's shell alone.
+    warned = job.pid if "--signal=B:" in script else int(Path("srun.txt").read_text())
+    os.kill(warned, signal.SIGUSR1)
+    errors = job.communicate(timeout=120)[1]
+    stopped = [line for line in errors.splitlines() if line.startswith("stopped by SIGUSR1 after")]
+    assert len(stopped) == max(nodes, 1)  # a line from each machine
+    epochs, steps = where(Path("runs/tpsnet"))
+    position = f"epoch {epochs + 1}, step {steps}," if steps else f"epoch {epochs},"
+    assert f"after {position} saved in runs/tpsnet;" in stopped[0]
+    assert Path("scontrol.txt").read_text() == f"requeue {os.getpid()}\n"
     assert job.returncode == 0
 
 
@@ -340,6 +369,27 @@ def test_overwrite_starts_anew(tiny):
     kept = {path.name for path in FOLDER.iterdir() if path.suffix in (".txt", ".png")}
     assert kept == {"notes.txt", "model_mine.png", "curves.png"}  # no test of the run before
     assert read_state(FOLDER / "last.pt")["config"] == record(tiny)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_run_that_ends_before_its_first_step_is_none(tiny, overwrite):
+    """It also leaves the run that it was to overwrite."""
+    if overwrite:
+        train(replace(tiny, epochs=1))
+    before, config, data = files(), replace(tiny, overwrite=overwrite), load_dataset(tiny)
+    learner = Learner(tiny, data, torch.device("cpu"))
+    run = Run(config)
+    with pytest.raises(MemoryError), run.opened(data, learner):
+        raise MemoryError
+    run = Run(config)
+    with (
+        pytest.raises(StoppedError, match=r"^stopped by SIGTERM before the first step; the same"),
+        run.opened(data, learner),
+    ):
+        os.kill(os.getpid(), signal.SIGTERM)
+        run.stop_if_asked()
+    assert files() == before | {FOLDER: True}
+    Run(config)
 
 
 def test_second_run_in_a_folder_is_refused(tiny):
@@ -413,10 +463,10 @@ def test_state_that_does_not_fit_is_refused(tiny, spoil):
 
 
 @pytest.mark.parametrize(
-    ("minutes", "expected"), [(0.0, [(1, 0), (2, 0), (3, 0)]), (5.0, [(0, 0), (0, 0), (3, 0)])]
+    ("minutes", "expected"), [(0.0, [(1, 0), (2, 0), (3, 0)]), (5.0, [(0, 1), (0, 1), (3, 0)])]
 )
 def test_states_are_saved_as_often_as_asked(tiny, minutes, expected):
-    """At the start, after each step, and at the end; in mid-run not within ten seconds."""
+    """After the first step, or each of them, and at the end; in mid-run not within ten seconds."""
     seen = []
     train(replace(tiny, save_minutes=minutes), report=lambda _: seen.append(where()))
     assert seen == expected
@@ -479,7 +529,7 @@ def test_weights_that_are_not_finite_are_never_saved(tiny):
 
     with pytest.raises(DivergenceError, match=r"not finite at lr 0\.1; the last good state is"):
         whole_run()
-    assert where() == (0, 0)
+    assert where() == (0, 1)
     assert not (FOLDER / "model.safetensors").exists()
 
 
@@ -606,6 +656,7 @@ def test_deterministic_kernels_are_asked_for_and_exist(name, monkeypatch):
         assert torch.are_deterministic_algorithms_enabled()
         assert not torch.backends.cudnn.benchmark
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert not torch.utils.deterministic.fill_uninitialized_memory
     finally:
         distributed.init_processes()
     assert not torch.are_deterministic_algorithms_enabled()

@@ -4,18 +4,19 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import run, run_main
+from conftest import ROOT, run, run_main
 
-from config import Config
-from data import load_dataset
+from config import PRESETS, Config
+from data import APPROXIMATE_COPY, load_dataset
 from engine.checkpoint import find_checkpoint, load_model, save_model
 from engine.evaluate import score
 from model import Architecture, model_cost
-from test import confusion_matrix, mcnemar, worst_mistakes
+from test import check_data, confusion_matrix, mcnemar, worst_mistakes
 from utils import TEMPORARY, InputError
 
 
@@ -103,6 +104,45 @@ def test_foreign_data_is_noticed(changes, status, words, variant, monkeypatch, c
     assert run_main("test", path, monkeypatch=monkeypatch) == status
     (line,) = capsys.readouterr().err.splitlines()
     assert words in line
+
+
+@pytest.mark.parametrize(
+    ("trained_with", "tested_with", "out", "err"),
+    [
+        ("ours", "ours", "", ""),
+        ("ours", "official", "104 of the 60,000 images, 23 of them in the test set, differ", ""),
+        ("official", "ours", "104 of the 60,000 images, 23 of them in the test set, differ", ""),
+        ("official", "official", "", ""),
+        ("ours", "third", "", "warning: this copy of cifar10 is not the one that"),
+        ("third", "official", "", "warning: this copy of cifar10 is not the one that"),
+        ("training images alone", "ours", "", ""),
+    ],
+)
+def test_only_a_third_copy_of_cifar10_is_warned_about(trained_with, tested_with, out, err, capsys):
+    digits = load_dataset(PRESETS["demo"])
+    copies = {  # fingerprint, unofficial files
+        "ours": (APPROXIMATE_COPY, ("test_batch.bin",)),
+        "official": ("0" * 64, ()),
+        "third": ("3" * 64, ("test_batch.bin",)),
+        "training images alone": (load_dataset(PRESETS["demo"], test=False).fingerprint, ()),
+    }
+    found, unofficial = copies[tested_with]
+    tested = replace(digits, name="cifar10", fingerprint=found, unofficial=unofficial)
+    found, unofficial = copies[trained_with]
+    info = {
+        "class_names": list(digits.class_names),
+        "data_fingerprint": found,
+        "unofficial_data_files": list(unofficial),
+    }
+    check_data(Path("a.safetensors"), info, tested)
+    for text, words in zip(capsys.readouterr(), (out, err), strict=True):
+        assert text.count("\n") == bool(words)
+        assert words in text
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "checkpoints").glob("*.safetensors")))
+def test_released_networks_were_trained_on_the_copy_that_is_known(path):
+    assert load_model(path)[1]["data_fingerprint"] == APPROXIMATE_COPY
 
 
 def test_escape_codes_of_a_checkpoint_are_not_printed(variant, monkeypatch, capsys):
