@@ -6,16 +6,18 @@ does not. The defaults are the paper's TPSNet and its recipe. A preset lists onl
 so an edited default changes every preset that does not set it.
 """
 
+import itertools
 import math
-import os
 import re
 import reprlib
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+from engine.script import plain_arguments
 from model import MAX_PARAMS, Architecture, check_budget, feature_size, pooled_size
 from utils import (
+    CHECKPOINTS,
     IMAGE_SIZE,
     InputError,
     Range,
@@ -25,8 +27,6 @@ from utils import (
     part_of,
     read_json,
 )
-
-CHECKPOINTS = Path(os.environ.get("TPSNET_CHECKPOINTS") or "checkpoints")  # the folder of all runs
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Optimization:
     epochs: Annotated[int, Range(1)] = 300
     """Passes over the training set."""
     batch_size: Annotated[int, Range(1)] = 128
-    """Images per step, over all processes."""
+    """Images per step, over all processes; for SGD, scale lr with it (arXiv:1706.02677)."""
     keep_fraction: Annotated[float, Range(0.01, 1)] = 1.0
     """Fraction of every batch to train on: the images that a narrow copy finds hardest."""
     optimizer: Literal["sgd", "muon"] = "sgd"
@@ -94,7 +94,7 @@ class Optimization:
     label_smoothing: Annotated[float, Range(0, 1)] = 0.0
     """Fraction of each target spread evenly over all classes."""
     schedule: Literal["cosine", "cosine_restarts", "linear"] = "cosine"
-    """Learning rate: a cosine to 0 or several with warm restarts, by the epoch; or a line."""
+    """The lr falls as one cosine (the authors' code), several (their text), or a line, to 0."""
     restart_epochs: Annotated[int, Range(1)] = 50
     """Epochs from one warm restart to the next (cosine_restarts only)."""
     warmup_epochs: Annotated[int, Range(0)] = 0
@@ -145,7 +145,7 @@ class Execution:
     max_params: Annotated[int, Range(1)] = MAX_PARAMS
     """Refuse a network with more parameters than this."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """Weights & Biases; auto is online when logged in, else offline, and never prompts."""
+    """Weights & Biases; auto: as WANDB_MODE says, else online if logged in, else offline."""
 
 
 @dataclass(frozen=True)
@@ -395,11 +395,30 @@ GROUPS = (Architecture, Data, Optimization, Arithmetic, Execution)  # the headin
 
 
 def parse_command_line(args: list[str]) -> Config:
-    """The constants of the preset or file that the arguments name, with their overrides."""
+    """The constants of the preset or file that the arguments name, with their overrides.
+
+    Raises:
+        InputError: both are named, or --resume is given a value.
+    """
+    args = plain_arguments(args, Config)
+    for option, value in itertools.pairwise(args):
+        if option == "--resume" and value not in PRESETS and not value.startswith("-"):
+            raise InputError(f"resume: {value!r}, but --resume takes no value; {resuming(value)}")
     # Parsed once to find the preset or file, and once more with its constants as the defaults.
-    preset, path, *_ = parse([arg for arg in args if arg not in ("-h", "--help")], "tpsnet", "")
+    bare = [arg for arg in args if arg not in ("-h", "--help")]
+    preset, path, *_ = parse(bare, "tpsnet", "")
+    if path and preset == parse(bare, "demo", "")[0]:  # whatever the default: it was named
+        raise InputError(f"config: {path!r} beside the preset {preset}; leave one of them out")
     *_, config = parse(args, preset, path)
     return config
+
+
+def resuming(run: str) -> str:
+    """The command that resumes a run, given as its name, its folder or a file in it."""
+    for folder in (Path(run), CHECKPOINTS / run, Path(run).parent):
+        if (file := folder / "config.json").exists():
+            return f"`python train.py --config {file.as_posix()} --resume` goes on with that run"
+    return "repeat the command that started the run, with --resume alone"
 
 
 def parse(args: list[str], preset: str, path: str) -> tuple[str, str, Config]:
@@ -425,8 +444,8 @@ def parse(args: list[str], preset: str, path: str) -> tuple[str, str, Config]:
         args=args,
         default=CommandLine(preset, path, *(part_of(start, group) for group in GROUPS)),
         prog="train.py",
-        description="Train a network. Presets, and their test accuracy:\n\n"
-        f"{claims}\n\nThe defaults below are those of {path or preset}.",
+        description="Train a network. Presets, and their test accuracy, mean ± standard deviation:"
+        f"\n\n{claims}\n\nThe defaults below are those of {path or preset}.",
         config=(tyro.conf.OmitArgPrefixes,),
     )
     groups = (parsed.network, parsed.data, parsed.optimization, parsed.arithmetic, parsed.run)

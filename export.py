@@ -33,11 +33,20 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from config import CHECKPOINTS, Config
+from config import Config
 from data import EVAL_BATCH, Normalize, Split, load_dataset, stratified
 from engine.checkpoint import find_checkpoint, load_model
 from engine.distributed import keep_freed_memory
-from utils import InputError, atomic_path, check_integer, check_number, first_line, printable
+from engine.script import plain_arguments
+from utils import (
+    CHECKPOINTS,
+    InputError,
+    atomic_path,
+    check_integer,
+    check_number,
+    first_line,
+    printable,
+)
 
 CALIBRATION_IMAGES = 512  # of the training set, from which int8 takes its ranges
 MAX_DIFFERENCE = 1e-4  # between a float32 format's logits and PyTorch's, relative to the largest
@@ -91,7 +100,7 @@ def export(
     """Export a saved network for apps, and check each file in its real runtime.
 
     Args:
-        checkpoint: A .safetensors file, or a folder: its newest run, else a released network.
+        checkpoint: A file, a network's name, or a folder: its newest run, else a released network.
         format: ONNX or ExecuTorch (pte), in float32 or int8; by default all that are installed.
         out: Folder for the files, which are named after the network.
         limit: Check on this many test images only; 0 for all.
@@ -409,4 +418,4 @@ def main(args: list[str]) -> None:
     """Export the checkpoint that the command line names."""
     import tyro
 
-    tyro.cli(export, args=args, prog="export.py")
+    tyro.cli(export, args=plain_arguments(args, export), prog="export.py")

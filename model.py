@@ -21,7 +21,9 @@ with pooling.
 activation memory of any architecture without allocating it.
 """
 
-from dataclasses import dataclass
+import bisect
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -296,17 +298,44 @@ def saved_bytes(model: nn.Module, batch_size: int) -> int:
     return sum(storage.nbytes() for storage in saved)
 
 
+def num_parameters(architecture: Architecture) -> int:
+    """Count the parameters of an architecture.
+
+    Raises:
+        InputError: the network cannot be built.
+    """
+    with torch.device("meta"):
+        return count_parameters(ResNet(architecture))
+
+
 def check_budget(architecture: Architecture, max_params: int = MAX_PARAMS) -> int:
     """Count the parameters of an architecture.
 
     Raises:
         InputError: they are more than `max_params`, or the network cannot be built.
     """
-    with torch.device("meta"):
-        num_params = count_parameters(ResNet(architecture))
+    num_params = num_parameters(architecture)
     if num_params > max_params:
         raise InputError(
             f"max_params: this network has {num_params:,} parameters, over the limit of"
-            f" {max_params:,}; use fewer blocks or channels, or raise --max-params"
+            f" {max_params:,}; use {smaller(architecture, max_params)}, or raise --max-params"
         )
     return num_params
+
+
+def smaller(architecture: Architecture, max_params: int) -> str:
+    """The options that bring a network into the budget, each with all else as it is."""
+
+    def too_large(name: str, value: int) -> bool:
+        try:
+            return num_parameters(replace(architecture, **{name: value})) > max_params
+        except InputError:  # a whitening stem takes no other c1
+            return True
+
+    remedies = []
+    for name in ("c1", "width"):
+        values = range(1, getattr(architecture, name))
+        largest = bisect.bisect_left(values, True, key=partial(too_large, name))
+        if largest:
+            remedies.append(f"--{name} {largest}{' or less' if largest > 1 else ''}")
+    return ", ".join(remedies or ["fewer blocks or channels"])

@@ -30,12 +30,13 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from config import CHECKPOINTS
 from data import EVAL_BATCH, Normalize
 from engine.checkpoint import find_checkpoint, load_model
 from engine.distributed import init_processes
 from engine.evaluate import classify
+from engine.script import plain_arguments
 from utils import (
+    CHECKPOINTS,
     IMAGE_SIZE,
     InputError,
     check_integer,
@@ -71,7 +72,7 @@ def predict(
 
     Args:
         images: Files, folders, "quoted globs" (** for all folders below), or - for stdin.
-        checkpoint: A .safetensors file, or a folder: its newest run, else a released network.
+        checkpoint: A file, a network's name, or a folder: its newest run, else a released network.
         top: How many classes to print.
         resize: Crop the middle to a square before scaling it to 32x32, or squash the whole.
         tta: Average the logits with those of the mirrored picture (test-time augmentation).
@@ -346,6 +347,6 @@ def main(args: list[str]) -> None:
 
     warnings.filterwarnings("ignore", module="PIL")  # about oddities of a file
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-    answers = tyro.cli(predict, args=args, prog="predict.py")
+    answers = tyro.cli(predict, args=plain_arguments(args, predict), prog="predict.py")
     if failures := sum(answer["error"] is not None for answer in answers):
         raise InputError(f"images: {failures:,} of {len(answers):,} could not be read")

@@ -19,14 +19,15 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor, nn
 
-from config import CHECKPOINTS, Config
+from config import Config
 from data import APPROXIMATE_COPY, Dataset, Normalize, fingerprint, load_dataset
 from engine import plots
 from engine.checkpoint import find_checkpoint, load_model
 from engine.distributed import init_processes
 from engine.evaluate import Score, calibrate, classify, score
+from engine.script import plain_arguments
 from model import model_cost
-from utils import InputError, check_output, printable, warn, write_json
+from utils import CHECKPOINTS, InputError, check_output, printable, warn, write_json
 
 NUM_MISTAKES = 24  # in the figure of the mistakes
 
@@ -43,9 +44,9 @@ def test(
     """Accuracy, loss, calibration, confusion matrix and cost of a saved network.
 
     Args:
-        checkpoint: A .safetensors file, or a folder: its newest run, else a released network.
+        checkpoint: A file, a network's name, or a folder: its newest run, else a released network.
         tta: Also test with test-time augmentation: average the logits with the flipped view's.
-        compare: Another checkpoint, file or folder: do the two differ by more than chance?
+        compare: Another checkpoint: do the two differ by more than chance?
         json: Also write the result to this file.
         data_dir: Folder of CIFAR-10, which is downloaded into it if it is not there.
         download: Download CIFAR-10 if it is not in data_dir.
@@ -217,10 +218,9 @@ def worst_mistakes(logits: Tensor, data: Dataset) -> tuple[np.ndarray, list[str]
 
 def confusion_matrix(logits: Tensor, labels: Tensor) -> np.ndarray:
     """Counts of (true class, predicted class), (C, C)."""
-    from sklearn import metrics
-
-    predicted, classes = logits.argmax(1).cpu(), range(logits.shape[1])
-    return metrics.confusion_matrix(labels.cpu(), predicted, labels=classes)
+    num_classes = logits.shape[1]
+    pairs = (num_classes * labels + logits.argmax(1)).cpu()
+    return pairs.bincount(minlength=num_classes**2).view(num_classes, -1).numpy()
 
 
 def print_per_class(counts: np.ndarray, class_names: tuple[str, ...]) -> None:
@@ -241,4 +241,4 @@ def main(args: list[str]) -> None:
     """Test the checkpoint that the command line names."""
     import tyro
 
-    tyro.cli(test, args=args, prog="test.py")
+    tyro.cli(test, args=plain_arguments(args, test), prog="test.py")

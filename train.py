@@ -30,7 +30,7 @@ from engine.run import Run, end_by_signal, how_to_go_on
 from engine.script import stop_signals
 from engine.teacher import Teacher
 from learner import Learner, Proxy
-from utils import InputError
+from utils import CHECKPOINTS, InputError
 
 
 def train(
@@ -126,4 +126,10 @@ def train_seeds(config: Config) -> list[Score]:
 def main(args: list[str]) -> None:
     """Train what the command line asks for."""
     config = parse_command_line(args)
-    train_seeds(config) if config.seeds > 1 else train(config)
+    if config.seeds > 1:
+        train_seeds(config)
+        return
+    train(config)
+    if distributed.is_main():
+        path = CHECKPOINTS / config.name / "model.safetensors"
+        print(f"next: python test.py {path.as_posix()}")

@@ -20,9 +20,18 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from model import Architecture, ResNet
-from utils import TEMPORARY, InputError, atomic_path, check_number, first_line, from_json
+from utils import (
+    CHECKPOINTS,
+    TEMPORARY,
+    InputError,
+    atomic_path,
+    check_number,
+    first_line,
+    from_json,
+)
 
 FILE_FORMAT = "tpsnet-2"  # marks our model files, with the version of their metadata
+RELEASED = Path(__file__).resolve().parents[1] / "checkpoints"  # beside the scripts
 TEMPERATURES = (0.05, 20)  # the range of temperatures, by which logits are divided
 PREVIOUS = "previous.pt"  # the training state that was saved before the last one
 
@@ -124,24 +133,57 @@ def load_model(path: str | Path) -> tuple[ResNet, dict[str, object]]:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Return a file as it is; of a folder, the newest run, else the first released model.
+    """Return the model file that a path or a name stands for.
+
+    A file stands for itself, a folder for its newest run, else for its first released network. What
+    does not exist may be the name of a run or of a released network. Where the current folder has
+    none, those beside the scripts count.
 
     Raises:
-        InputError: the folder has neither.
+        InputError: the folder has none, or no run in it has finished an epoch.
     """
+    places = [path]
+    if not path.exists():
+        folders = (Path(), CHECKPOINTS, RELEASED)
+        places = [folder / name for folder in folders for name in (path, f"{path}.safetensors")]
+        if path.name == "model.safetensors":  # a run writes it at the end of its first epoch
+            places.append(path.parent)
+    if path == CHECKPOINTS:
+        places.append(RELEASED)
+    for place in places:
+        if place.is_file():
+            return place
+        if place.is_dir() and (found := network_in(place)):
+            return found
     if not path.is_dir():
         return path
-    depths = ("", "*/", "*/*/")  # a run, a folder of runs, and of groups of them
-    found = (run for depth in depths for run in path.glob(f"{depth}model.safetensors"))
-    runs = [run for run in found if not run.parent.name.startswith(TEMPORARY)]
-    if runs:
-        return max(runs, key=lambda run: run.stat().st_mtime)
-    if released := sorted(path.glob("*.safetensors")):
-        return released[0]
     raise InputError(
         f"checkpoint: {path.as_posix()} holds no run and no released model; train one with"
         " `python train.py demo`, or name a file"
     )
+
+
+def network_in(folder: Path) -> Path | None:
+    """The network of the newest run in a folder, else the first released one, if there is one.
+
+    Raises:
+        InputError: all that there is are runs that have not finished an epoch.
+    """
+    depths = ("", "*/", "*/*/")  # a run, a folder of runs, and of groups of them
+
+    def newest(name: str) -> Path | None:
+        found = (path for depth in depths for path in folder.glob(f"{depth}{name}"))
+        whole = [path for path in found if not path.parent.name.startswith(TEMPORARY)]
+        return max(whole, key=lambda path: path.stat().st_mtime, default=None)
+
+    network = newest("model.safetensors") or min(folder.glob("*.safetensors"), default=None)
+    if not network and (state := newest("last.pt")):
+        run = state.parent.as_posix()
+        raise InputError(
+            f"checkpoint: the run in {run} has not finished an epoch; go on with it by `python"
+            f" train.py --config {run}/config.json --resume`, or name another"
+        )
+    return network
 
 
 # ---------------------------------------------------------------- the state of a training

@@ -13,12 +13,13 @@ from config import Config, image_size, images_per_epoch, steps_per_epoch
 from data import Dataset
 from engine.distributed import compute_dtype, dtype_name, is_main, num_processes
 from model import model_cost
-from utils import duration, first_line, warn
+from utils import duration, warn
 
 TIMED_STEPS = 4  # after the first one, for the estimate: a proxy learns in one of as many
 FINISH_SECONDS = 60  # for Weights & Biases to send the rest
-# No lines of its own. No reports about itself either: at exit they wait for a silent server.
-WANDB_QUIET = {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
+# Unless the environment says otherwise: no lines of its own, no copy of ours, and no reports about
+# itself, which at exit wait for a silent server.
+WANDB_QUIET = {"WANDB_SILENT": "true", "WANDB_CONSOLE": "off", "WANDB_ERROR_REPORTING": "false"}
 Row = dict[str, float | None]  # of log.csv
 
 
@@ -131,12 +132,13 @@ class WandbRun:
     """A Weights & Biases run that can never stop the training.
 
     The library is imported only if it is used. The first failure, of whatever kind, prints one
-    warning and switches it off.
+    warning and switches it off. The project, the name and all else that W&B's own environment
+    variables or settings files set is theirs; what they leave open is ours.
 
     Args:
-        mode: `auto` (online when logged in, else offline; never a prompt), `online`, `offline`
-            or `disabled`.
-        folder: the run folder; the library's own files go into `folder/wandb`.
+        mode: `online`, `offline`, `disabled`, or `auto`: as W&B's own settings are, but offline
+            instead of online if nobody is logged in; never a prompt.
+        folder: the run folder; the library's own files go into `folder/wandb`, or to WANDB_DIR.
         config: shown as the configuration of the run.
         run_id: the id of the run to continue, or None for a new one.
         group: the group of the run, if any.
@@ -156,30 +158,36 @@ class WandbRun:
             self._attempt(self._start, mode, config)
 
     def _start(self, mode: str, config: dict[str, object]) -> None:
-        os.environ.update(WANDB_QUIET | os.environ)
+        root = os.environ.get("WANDB_DIR") or self.folder
+        # Its service logs to ~/.cache, and to stderr if that cannot be written.
+        cache = {"WANDB_CACHE_DIR": str(Path(root).absolute())}
+        os.environ.update(WANDB_QUIET | cache | os.environ)
         import wandb
 
+        theirs = wandb.setup().settings  # of WANDB_... and of `wandb offline` and its like
         if mode == "auto":
-            mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
+            mode = theirs.mode
+            if mode in ("online", "run", "shared") and not wandb.login(prompt=False, verify=False):
+                mode = "offline"
+        if mode == "disabled":
+            return
         self.run = wandb.init(
-            project="tpsnet",
-            name=self.folder.name,
-            group=self.group,
+            project=theirs.project or "tpsnet",
+            name=theirs.run_name or self.folder.name,
+            group=theirs.run_group or self.group,
             id=self.id,
             resume="allow",
             mode=mode,
-            dir=self.folder,
+            dir=root,
             config=config,
             settings=wandb.Settings(
-                silent=True,
-                console="off",
                 init_timeout=30,
                 finish_timeout=FINISH_SECONDS,  # at exit, too
                 finish_timeout_raises=True,
             ),
         )
-        self.id = self.run.id
-        where = self.run.url if mode == "online" else f"offline, in {self.folder / 'wandb'}"
+        self.id, self.files = self.run.id, Path(self.run.sync_dir).parent
+        where = f"offline, in {self.files}" if self.run.offline else self.run.url
         print(f"Weights & Biases: run {self.id}, {where}")
 
     def log(self, row: Row) -> None:
@@ -205,12 +213,14 @@ class WandbRun:
         try:
             self.run.finish()
         except TimeoutError:
-            sync = f"wandb sync --include-online {(self.folder / 'wandb').as_posix()}/run-*"
+            sync = f"wandb sync --include-online {self.files.as_posix()}"
             raise TimeoutError(f"not all was sent in time; `{sync}` sends it") from None
 
     def _attempt(self, action: Callable[..., None], *args: object, **options: object) -> None:
         try:
             action(*args, **options)
         except Exception as error:  # whatever it is, a logger must not cost a training run
-            warn(f"wandb: {first_line(error)}; going on without it")
+            # Three lines of a wrong variable's message name it and its value.
+            lines = str(error).strip().splitlines()[:3] or [type(error).__name__]
+            warn(f"wandb: {' '.join(map(str.strip, lines))}; going on without it")
             self.run = None

@@ -2,6 +2,8 @@
 
 import contextlib
 import math
+import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -45,8 +47,7 @@ from utils import (
     write_json,
 )
 
-# Everything in a run folder but the files of Weights & Biases. The state is named first, and is
-# the last to be deleted.
+# Everything in a run folder but wandb/. The state is named first, and is the last to be deleted.
 RUN_FILES = (
     *("last.pt", PREVIOUS, "config.json", "log.csv", "model.safetensors", "curves.png"),
     *("model_confusion.png", "model_calibration.png", "model_mistakes.png"),  # by test.py
@@ -316,7 +317,6 @@ class Run:
         plots.learning_curves(self.log, curves, self.folder.name)
         if test:
             print(f"test accuracy: {test}")
-            print(f"next: python test.py {(self.folder / 'model.safetensors').as_posix()}")
         summary = {"test_loss": test.loss, "test_accuracy": test.accuracy} if test else {}
         self.wandb.finish(summary, curves)
 
@@ -343,12 +343,20 @@ class Run:
         if is_main():
             started = {"config": record(self.config), "data_fingerprint": self.data.fingerprint}
             position = self._position() | {"wandb_id": self.wandb.id}
-            for name in () if self._has_state else reversed(RUN_FILES):
-                (self.folder / name).unlink(missing_ok=True)
+            if not self._has_state:
+                self._remove_old_run()
             save_state(self.folder / "last.pt", started | {"metrics": position} | parts)
             if self._saved_at == -math.inf:
                 write_json(self.folder / "config.json", started["config"])
         self._saved_at = time.monotonic()
+
+    def _remove_old_run(self) -> None:
+        for name in reversed(RUN_FILES):
+            (self.folder / name).unlink(missing_ok=True)
+        logs = self.folder / "wandb"
+        for log in () if logs.is_symlink() else logs.glob("*run-*"):
+            if not log.name.endswith(f"-{self.wandb.id}"):
+                shutil.rmtree(log, ignore_errors=True)
 
     def _write_log(self) -> None:
         if is_main():
@@ -447,6 +455,11 @@ def lock_folder(folder: Path) -> Iterator[None]:
             remove_temporaries(folder)
         except filelock.Timeout:
             problem = f"name: another process is training in {folder}; give another --name"
+            tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+            if tasks != "1" and num_processes() == 1:
+                problem += (
+                    f"; if it is another of srun's {tasks} tasks, use --ntasks=1, or torchrun"
+                )
         except OSError as error:
             problem = f"name: {folder} {why_unusable(folder, error)}"
             if is_new:

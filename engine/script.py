@@ -8,13 +8,19 @@ can say which one is needed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
+import inspect
 import io
+import logging
 import os
+import re
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
 
 OLDEST_PYTHON = (3, 11)
 # In the messages of a CPU, GPUs of NVIDIA and Apple, cuBLAS and C++. Only CUDA has a class for it.
@@ -31,6 +37,11 @@ def run_script(name: str) -> None:
         this, needed = (".".join(map(str, v)) for v in (sys.version_info[:2], OLDEST_PYTHON))
         print(f"error: python: this is {this}; use {needed} or newer", file=sys.stderr)
         sys.exit(2)
+    try:
+        Path.home()
+    except RuntimeError:  # no HOME, and a user that the system does not know
+        os.environ["HOME"] = "/"  # as in Docker; Ray and W&B do not load without one
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # silent where it cannot write a cache
     # While libraries load, Ctrl-C ends the process at once: some print tracebacks when interrupted.
     handler = signal.getsignal(signal.SIGINT)
     if handler == signal.default_int_handler:
@@ -69,11 +80,14 @@ def run_script(name: str) -> None:
     except KeyboardInterrupt as error:
         utils.print_error(str(error) or "interrupted")
         sys.exit(130)
-    except OSError as error:  # usually of stdout: a full disk, or `head` that has ended
+    except OSError as error:  # of stdout: a full disk, or `head` that has ended; seldom another
         # Otherwise Python tries to write the rest again when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             sys.exit(128 + 13)  # SIGPIPE
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and not error.filename:
+            remedy = "make room, or redirect it to another disk"
+            error = f"stdout: cannot be written ({error.strerror}); {remedy}"
         utils.print_error(f"error: {error}")
         sys.exit(2)
     finally:
@@ -96,6 +110,49 @@ def report_missing(error: ModuleNotFoundError) -> int:
         remedy = "run `pip install -r requirements-dev.txt`"
     print(f"error: {missing}: not installed; {remedy}", file=sys.stderr)
     return 2
+
+
+def plain_arguments(args: list[str], options: type | Callable) -> list[str]:
+    """Rewrite the forms in which other scripts take their arguments as those of tyro.
+
+    `--num-blocks [2,2,2]`, even if a shell has split it, becomes `--num-blocks 2 2 2`;
+    `--compile True` becomes `--compile`, and `--compile=False` becomes `--no-compile`. Where the
+    first argument is the checkpoint, `--checkpoint X` becomes it. The rank that `python -m
+    torch.distributed.launch` adds is left out: it is in the environment too.
+
+    Args:
+        options: the dataclass or function that has the options as its fields or parameters.
+    """
+    hints = {f"--{k.replace('_', '-')}": hint for k, hint in get_type_hints(options).items()}
+    flags = {o for o, hint in hints.items() if hint is bool}
+    lists = {o for o, hint in hints.items() if tuple in map(get_origin, (hint, *get_args(hint)))}
+    parameters = inspect.signature(options).parameters.values()
+    first = {f"--{p.name}" for p in parameters if p.kind is p.POSITIONAL_ONLY} - lists
+    words = []
+    for arg in args:
+        option, equals, value = arg.partition("=")
+        if equals and option.replace("_", "-") in flags | lists | first:
+            words += [option, value]
+        elif not re.fullmatch(r"--local[-_]rank=\d+", arg):
+            words.append(arg)
+    begin, plain, option = [], [], ""
+    for word in words:
+        if word.startswith("--"):
+            option = word.replace("_", "-")
+            plain.append(word)
+            continue
+        if option in lists:
+            plain += re.findall(r"[^\s,()\[\]]+", word)
+            continue
+        if option in flags and word.lower() in ("true", "false"):
+            plain[-1] = option if word.lower() == "true" else option.replace("--", "--no-", 1)
+        elif option in first:
+            plain.pop()
+            begin.append(word)
+        else:
+            plain.append(word)
+        option = ""
+    return begin + plain
 
 
 class StopSignals:

@@ -4,12 +4,15 @@ Nothing of Ray is imported or set in the environment until `ray_started` runs.
 """
 
 import contextlib
+import math
 import os
 import secrets
 import signal
 import socket
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+
+import joblib  # comes with scikit-learn
 
 from config import CHECKPOINTS
 from search.space import Search
@@ -59,6 +62,7 @@ def ray_started(search: Search) -> Iterator[None]:
     try:
         ray.init(
             address=search.address or "local",
+            num_cpus=None if search.address else usable_cpus(),
             include_dashboard=False,
             log_to_driver=False,
             logging_level="CRITICAL",
@@ -96,6 +100,36 @@ def set_environment(address: str) -> None:
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), LISTEN: "0"}
         for name, value in token.items():
             os.environ.setdefault(name, value)
+
+
+def usable_cpus(root: Path = Path("/")) -> int:
+    """How many CPUs this process may use; Ray counts all CPUs of the machine.
+
+    They are limited by the affinity, the quota of a container or a user, and the SLURM job.
+    """
+    limits = [joblib.cpu_count(), *cgroup_quotas(root)]
+    allocated = os.environ.get("SLURM_CPUS_ON_NODE", "")
+    if allocated.isdecimal():
+        limits.append(int(allocated))
+    return max(1, min(limits))
+
+
+def cgroup_quotas(root: Path) -> list[int]:
+    """The CPU quotas of this process's control group (version 2) and of those above it.
+
+    joblib reads only the outermost one, which is that of a container.
+    """
+    quotas = []
+    with contextlib.suppress(OSError):  # not on Linux
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            hierarchy, _, name = line.split(":", 2)
+            group = PurePosixPath(name)
+            for folder in (group, *group.parents) if hierarchy == "0" else ():
+                path = root / "sys/fs/cgroup" / folder.relative_to("/") / "cpu.max"
+                with contextlib.suppress(OSError, ValueError):  # no such file, or no limit: "max"
+                    quota, period = map(int, path.read_text().split())
+                    quotas.append(math.ceil(quota / period))
+    return quotas
 
 
 def check_address(address: str) -> None:

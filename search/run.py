@@ -9,7 +9,7 @@ import utils
 from config import CHECKPOINTS, PRESETS, check_config, record
 from data import Dataset, check_data, load_dataset
 from engine.run import end_by_signal, lock_folder
-from engine.script import stop_signals
+from engine.script import plain_arguments, stop_signals
 from search import figures
 from search.cluster import ray_started, trial_resources, trials_at_once
 from search.space import SPACE, Search, Space, check_search, check_space, with_defaults
@@ -28,7 +28,7 @@ def main(args: list[str], space: Space = SPACE) -> None:
 
     search = tyro.cli(
         Search,
-        args=args,
+        args=plain_arguments(args, Search),
         prog=f"python -m search [{'|'.join(PRESETS)}]",
         description="Search for a network. Constants that are not in SPACE (search/space.py) are"
         " those of the preset.",

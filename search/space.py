@@ -14,7 +14,7 @@ from typing import Annotated, Literal, NamedTuple
 import torch
 
 from config import PRESETS, Config, check_config
-from model import MAX_PARAMS, ResNet, check_budget, count_macs, feature_size
+from model import MAX_PARAMS, ResNet, count_macs, feature_size, num_parameters
 from utils import InputError, Range, check_fields, check_integer, derive_seed, first_line
 
 
@@ -260,7 +260,9 @@ def draw_sample(
 
 def check_limits(config: Config, search: Search) -> None:
     """Raise InputError if a network has too few or too many parameters or MACs for the search."""
-    num_params = check_budget(config, search.max_params)
+    num_params = num_parameters(config)
+    if num_params > search.max_params:
+        raise InputError(f"max_params: {num_params:,} parameters are too many")
     if num_params < search.min_params:
         raise InputError(f"min_params: {num_params:,} parameters are too few")
     if search.max_macs:

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -26,9 +27,12 @@ import torch
 from conftest import ROOT, TINY, command, run, run_main
 
 import config as config_module
+import export
+import predict
 import utils
 from config import CLAIMS, GROUPS, PRESETS, Config, check_config, load_config, parse_command_line
 from engine.run import lock_folder
+from engine.script import plain_arguments
 from utils import DivergenceError, InputError, SearchError, StoppedError
 
 # a command line for each check, and words that the line must contain
@@ -44,8 +48,10 @@ MISTAKES = [
     ("demo --skip-kernel 1 1 1 1", ["skip_kernel", "4 sizes", "3 stages"]),
     ("demo --stem whitening", ["c1", "8", "use 24"]),
     ("demo --num-blocks 1 1 1 1", ["pool_kernel", "8", "4x4", "use 1 to 4"]),
-    ("--c1 17", ["max_params", "5,598,195", "5,000,000", "--max-params"]),
-    ("demo --max-params 76817", ["max_params", "76,818", "76,817"]),
+    ("--c1 17", ["max_params", "5,598,195", "5,000,000", "--c1 16 or less, --width 1, or raise"]),
+    ("demo --max-params 76817", ["76,818", "76,817", "use --c1 7 or less, --width 1, or raise"]),
+    ("fast --width 5", ["max_params", "use --width 4 or less, or raise --max-params"]),
+    ("demo --max-params 9", ["max_params", "use fewer blocks or channels, or raise --max-params"]),
     # the data
     ("demo --flip random", ["flip", "--flip none"]),
     ("demo --num-classes 7", ["num_classes", "7", "digits has 10"]),
@@ -70,6 +76,8 @@ MISTAKES = [
     ("demo --name a/b/c", ["name", "'a/b/c'", "GROUP/NAME"]),
     ("demo --seeds 2 --seed 4294967295", ["seed", "4294967296", "to 4294967295"]),
     ("demo --resume --overwrite", ["overwrite", "--resume", "use one"]),
+    ("demo --resume x/last.pt", ["'x/last.pt'", "takes no value; repeat the command", "alone"]),
+    ("--resume=./last.pt", ["resume", "`python train.py --config config.json --resume` goes on"]),
     # a file of constants
     ("--config nothing.json", ["config", "'nothing.json'", "best.json"]),
     ("--config list.json", ["config", "list.json", "config.json that train.py wrote"]),
@@ -77,8 +85,10 @@ MISTAKES = [
     ("--config deep.json", ["config", "deep.json", "nests too deep"]),
     ("--config foreign.json", ["config", "foreign.json", "depth"]),
     ("--config wide.json", ["c1", "'wide'", "from 1 to 4096"]),
+    ("tpsnet --config wide.json", ["config", "'wide.json' beside the preset tpsnet; leave one"]),
 ]
 FILES = {
+    "config": "{}",
     "list": "[1]",
     "half": '{"c1":',
     "deep": 99_999 * "[",
@@ -163,6 +173,9 @@ def test_run_that_is_there_or_in_use_or_cannot_be_made(monkeypatch, capsys):
     with lock_folder(Path("checkpoints/demo")):
         words = ["name", "another process", "checkpoints/demo", "another --name"]
         check_refusal("demo --wandb disabled", words, monkeypatch, capsys)
+        monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")  # by srun, without torchrun
+        words = ["another of srun's 4 tasks", "--ntasks=1, or torchrun"]
+        check_refusal("demo --wandb disabled", words, monkeypatch, capsys)
     Path("checkpoints/demo/log.csv").write_text("mine")
     words = ["name", "checkpoints/demo", "log.csv", "--resume", "--overwrite", "another --name"]
     check_refusal("demo", words, monkeypatch, capsys)
@@ -233,7 +246,7 @@ def test_every_preset_is_sound_and_has_a_claim():
 
 
 def test_command_line_overrides_a_preset_or_a_file():
-    line = "model1 --epochs 30 --lr 0.1 --num-blocks 1 2 --conv-kernel 3 5 --flip none --name try"
+    line = "model1 --epochs 30 --lr 0.1 --num-blocks [1,2] --conv-kernel 3 5 --flip none --name try"
     changes = {"epochs": 30, "lr": 0.1, "num_blocks": (1, 2), "conv_kernel": (3, 5)}
     expected = replace(PRESETS["model1"], **changes, flip="none", name="try")
     assert parse_command_line(line.split()) == expected
@@ -241,8 +254,37 @@ def test_command_line_overrides_a_preset_or_a_file():
     constants = json.dumps(asdict(replace(TINY, c1=5)))
     Path("best.json").write_text(constants, encoding="utf-8-sig")  # with a byte order mark
     assert load_config("best.json") == replace(TINY, c1=5)
+    assert parse_command_line(["--epochs", "3", "demo"]) == replace(PRESETS["demo"], epochs=3)
     for line in ("--config best.json --epochs 300", "--epochs=300 --config=best.json"):
         assert parse_command_line(line.split()) == replace(TINY, c1=5, epochs=300)
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("--num-blocks [1,2,3]", "--num-blocks 1 2 3"),
+        ("--num-blocks '[1, 2, 3]' demo", "--num-blocks 1 2 3 demo"),
+        ("--num-blocks [1, 2, 3] --lr 1", "--num-blocks 1 2 3 --lr 1"),
+        ("--num_blocks=(1,2,3)", "--num_blocks 1 2 3"),
+        ("--conv-kernel=1,2 --skip-kernel 1, 2", "--conv-kernel 1 2 --skip-kernel 1 2"),
+        ("--name [a,b] --data-dir=c,d True", "--name [a,b] --data-dir=c,d True"),
+        ("--compile True demo true", "--compile demo true"),
+        ("--compile=true --download=False", "--compile --no-download"),
+        ("--resume false --bfloat16", "--no-resume --bfloat16"),
+        ("--local-rank=1 demo --local_rank=0", "demo"),  # python -m torch.distributed.launch
+    ],
+)
+def test_other_forms_of_values_are_taken(line, meant):
+    assert plain_arguments(shlex.split(line), Config) == shlex.split(meant)
+
+
+def test_checkpoint_may_be_named_as_an_option():
+    options = ["--tta", "false", "--format", "onnx,pte"]
+    for named in (["--checkpoint", "a,b"], ["--checkpoint=a,b"]):
+        plain = plain_arguments([*options, *named], export.export)
+        assert plain == ["a,b", "--tta", "false", "--format", "onnx", "pte"]
+    assert plain_arguments(["--checkpoint"], export.export) == ["--checkpoint"]  # for the parser
+    assert plain_arguments(["a,b", "--tta", "True"], predict.predict) == ["a,b", "--tta"]
 
 
 def test_help_lists_the_preset_the_file_and_every_constant_in_groups(monkeypatch, capsys):
@@ -337,7 +379,8 @@ def script(monkeypatch):
         (MemoryError(), 2, "error: memory: MemoryError; free some, or train with a smaller"),
         (ModuleNotFoundError("no", name="tyro"), 2, "error: tyro: not installed; run `pip install"),
         (ModuleNotFoundError("no", name="ray.tune"), 2, "error: ray: not installed"),
-        (OSError(28, "No space left"), 2, "error: [Errno 28] No space left"),
+        (OSError(28, "No space left"), 2, "error: stdout: cannot be written (No space left); make"),
+        (OSError(13, "denied", "data"), 2, "error: [Errno 13] denied: 'data'"),
         (BrokenPipeError(), 141, ""),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
@@ -378,6 +421,13 @@ def test_output_that_cannot_be_written_or_knows_no_unicode(script, monkeypatch, 
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
     assert script(lambda _: print("94.8 ± 0.1")) == 0
     assert raw.getvalue() == b"94.8 ? 0.1\n"
+
+
+def test_a_user_whom_the_system_does_not_know_has_a_home(script, monkeypatch):
+    pwd = pytest.importorskip("pwd")
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: {}["uid not found"])
+    monkeypatch.delenv("HOME", raising=False)
+    assert script(lambda _: print(Path("~/ray_results").expanduser())) == 0  # as Ray does
 
 
 def test_ctrl_c_while_the_libraries_load():

@@ -240,3 +240,5 @@ def test_budget():
     with pytest.raises(InputError, match=r"max_params: .* 5,034,010 parameters, .*--max-params"):
         check_budget(Architecture((17, 13, 13)))  # 4 blocks of 18,560 more
     assert check_budget(Architecture((17, 13, 13)), 6_000_000) == 5_034_010
+    with pytest.raises(InputError, match="; use --c1 16 or less, or raise --max-params"):
+        check_budget(Architecture(c1=40))  # even with a width of 1 it has 7.8 million

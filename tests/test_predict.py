@@ -398,6 +398,18 @@ def test_a_file_may_be_named_like_stdin():
     assert predict.find_pictures(("./-", "-")) == ["./-", "-"]
 
 
+def test_a_full_disk_under_stdout_is_named_and_no_file_is_written(checkpoint, monkeypatch, capsys):
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    Path("a.png").write_bytes(png())
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        line = ["a.png", "--checkpoint", checkpoint, "--csv", "a.csv"]
+        assert run_main("predict", *line, monkeypatch=monkeypatch) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: stdout: cannot be written")
+    assert not Path("a.csv").exists()
+
+
 def test_broken_pipe_leaves_no_file(checkpoint):
     """As with `| head`, and no half of an answer is left."""
     Path("a.png").write_bytes(png())

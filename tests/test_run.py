@@ -360,11 +360,18 @@ def test_resume_starts_a_run_where_there_is_none_but_not_without_its_state(tiny,
 
 
 def test_overwrite_starts_anew(tiny):
-    _, expected = train(replace(tiny, name="other"))
+    linked = FOLDER.with_name("other") / "wandb"
+    linked.parent.mkdir(parents=True)
+    Path("elsewhere/offline-run-1-old").mkdir(parents=True)
+    linked.symlink_to(Path("elsewhere").resolve())
+    _, expected = train(replace(tiny, name="other", overwrite=True))
+    assert (linked / "offline-run-1-old").is_dir()  # what a link names is not of the run
     train(replace(tiny, seed=5, epochs=4))
+    (FOLDER / "wandb/offline-run-1-old").mkdir(parents=True)
     for name in ("notes.txt", "model_mistakes.png", "model_mine.png"):
         (FOLDER / name).write_text("mine")
     assert train(replace(tiny, overwrite=True))[1] == expected
+    assert not list((FOLDER / "wandb").iterdir())
     assert len(log()) == 3
     kept = {path.name for path in FOLDER.iterdir() if path.suffix in (".txt", ".png")}
     assert kept == {"notes.txt", "model_mine.png", "curves.png"}  # no test of the run before
@@ -590,7 +597,9 @@ def test_model_file_explains_itself(demo):
 
 def test_average_is_validated_tested_and_saved_with_its_temperature(tiny, capsys):
     rows, score = train(replace(tiny, c1=5, ema_decay=0.7, val_size=200))
-    assert " val " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert " val " in out
+    assert "next:" not in out  # the advice of the script: here the data may be the user's own
     model, info = load_model(FOLDER / "model.safetensors")
     averaged = read_state(FOLDER / "last.pt")["learner"]["ema"]
     assert all(torch.equal(averaged[f"module.{n}"], t) for n, t in model.state_dict().items())

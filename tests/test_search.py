@@ -20,6 +20,7 @@ from tiny_search import TINY
 import utils
 from config import PRESETS, check_config, load_config
 from model import ResNet, count_parameters
+from search.cluster import usable_cpus
 from search.run import finish, load_search, main, run_search
 from search.space import SPACE, LogUniform, Search, configuration, draw_sample
 from search.trials import Trials, write_record
@@ -113,6 +114,34 @@ def test_a_missing_library_is_one_line(module, options, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(InputError, match=f"{module}.*pip install -r requirements-dev.txt"):
         main(f"demo --name tiny {options}".split(), TINY)
+
+
+@pytest.mark.parametrize(
+    ("variables", "groups", "limits", "cpus"),
+    [
+        ({}, "", {}, 6),  # as joblib counts: by affinity and by the quota of a container
+        ({"SLURM_CPUS_ON_NODE": "4"}, "", {}, 4),
+        ({"SLURM_CPUS_ON_NODE": "64"}, "", {}, 6),
+        ({"SLURM_CPUS_ON_NODE": "4(x2)"}, "", {}, 6),
+        ({}, "0::/user/job", {"user": "250000 100000", "user/job": "max 100000"}, 3),
+        ({}, "0::/user/job", {"": "max", "user/job": "50000 100000"}, 1),
+        ({}, "1:cpu:/job\n0::/../job", {"user": "100000 100000"}, 6),
+    ],
+)
+def test_ray_gets_the_cpus_that_this_process_may_use(
+    variables, groups, limits, cpus, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("SLURM_CPUS_ON_NODE", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(groups)
+    for group, content in limits.items():
+        folder = tmp_path / "sys/fs/cgroup" / group
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "cpu.max").write_text(f"{content}\n")
+    monkeypatch.setattr("joblib.cpu_count", lambda: 6)
+    assert usable_cpus(tmp_path) == cpus
 
 
 # ---------------------------------------------------------------- drawing

@@ -13,11 +13,12 @@ from conftest import ROOT, run, run_main
 
 from config import PRESETS, Config
 from data import APPROXIMATE_COPY, load_dataset
+from engine import checkpoint
 from engine.checkpoint import find_checkpoint, load_model, save_model
 from engine.evaluate import score
 from model import Architecture, model_cost
 from test import check_data, confusion_matrix, mcnemar, worst_mistakes
-from utils import TEMPORARY, InputError
+from utils import CHECKPOINTS, TEMPORARY, InputError
 
 
 @pytest.fixture
@@ -208,22 +209,51 @@ def test_worst_mistakes_come_first_with_their_captions():
     assert captions[0] == f"{true},\ntaken for {(true + 1) % 10} (100%)"
 
 
-def test_default_is_the_newest_run_else_a_released_network():
-    folder = Path("checkpoints")
+def make(*names, age=0):
+    """Empty files, last changed so many seconds after 1970."""
+    for path in map(Path, names):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.utime(path, (age, age))
+
+
+def test_folder_stands_for_its_newest_run_else_a_released_network():
+    folder = Path("runs")
     folder.mkdir()
     with pytest.raises(InputError, match=r"checkpoint: .* holds no run and no released model"):
         find_checkpoint(folder)
-    for name in ("tpsnet.safetensors", "fast.safetensors"):
-        (folder / name).touch()
+    make("runs/tpsnet.safetensors", "runs/fast.safetensors")
     assert find_checkpoint(folder) == folder / "fast.safetensors"
-    for age, name in enumerate(("group/run", "newest", "old", f"old/{TEMPORARY}half-written")):
-        path = folder / name / "model.safetensors"
-        path.parent.mkdir(parents=True)
-        path.touch()
-        os.utime(path, (100 - age % 3, 100 - age % 3))
-    os.utime(folder / "newest" / "model.safetensors", (200, 200))
+    names = ("group/run", "newest", "old", f"old/{TEMPORARY}half-written")
+    for name, age in zip(names, (100, 200, 98, 300), strict=True):
+        make(folder / name / "model.safetensors", age=age)
     assert find_checkpoint(folder) == folder / "newest" / "model.safetensors"
-    for name in ("group", "old"):  # a group of runs, and a run
-        assert find_checkpoint(folder / name).parent == folder / {"group": "group/run"}.get(
-            name, name
-        )
+    assert find_checkpoint(folder / "group") == folder / "group/run/model.safetensors"
+    assert find_checkpoint(folder / "old") == folder / "old/model.safetensors"
+
+
+def test_default_and_names_are_also_found_beside_the_scripts(monkeypatch):
+    beside = Path("repository").resolve()
+    monkeypatch.setattr(checkpoint, "RELEASED", beside)
+    make(beside / "best.safetensors", beside / "fast.safetensors")
+    assert find_checkpoint(CHECKPOINTS) == beside / "best.safetensors"
+    assert find_checkpoint(Path("fast")) == beside / "fast.safetensors"
+    make("checkpoints/fast.safetensors")
+    for name in ("fast", "fast.safetensors", "checkpoints/fast", "checkpoints"):
+        assert find_checkpoint(Path(name)) == Path("checkpoints/fast.safetensors")
+    make("checkpoints/fast/model.safetensors")
+    assert find_checkpoint(Path("fast")) == Path("checkpoints/fast/model.safetensors")
+    for name in ("faster", "checkpoints/best.safetensors"):  # for the line that it does not exist
+        assert find_checkpoint(Path(name)) == Path(name)
+
+
+@pytest.mark.parametrize("name", ["try", "checkpoints", "checkpoints/try/model.safetensors"])
+def test_run_without_a_whole_epoch_is_not_tested(name, monkeypatch, capsys):
+    make("checkpoints/try/last.pt", "checkpoints/try/config.json")
+    assert run_main("test", name, monkeypatch=monkeypatch) == 2
+    assert capsys.readouterr().err == (
+        "error: checkpoint: the run in checkpoints/try has not finished an epoch; go on with it by"
+        " `python train.py --config checkpoints/try/config.json --resume`, or name another\n"
+    )
+    make("checkpoints/fast.safetensors")
+    assert find_checkpoint(CHECKPOINTS) == Path("checkpoints/fast.safetensors")

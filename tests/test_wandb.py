@@ -1,12 +1,16 @@
 """Weights & Biases: written offline, the same run after a resume; its failures cost nothing."""
 
+import os
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
-from conftest import run
+from conftest import ROOT, run
 
 from engine.progress import WandbRun
 from train import train
@@ -19,15 +23,20 @@ class Wandb:
     def __init__(self, broken=""):
         self.broken, self.inits, self.logged, self.summary = broken, [], [], {}
         self.Settings, self.Image = dict, str
-        self.url, self.id = "https://wandb.example/run", "abc"
+        self.url, self.id, self.offline = "https://wandb.example/run", "abc", False
+        self.settings = SimpleNamespace(mode="online", project=None, run_name=None, run_group=None)
 
     def check(self, name):
         if name == self.broken:
             raise ZeroDivisionError("out of order\nand more")
 
+    def setup(self):
+        return self
+
     def init(self, **options):
         self.check("init")
         self.inits.append(options)
+        self.sync_dir = f"{options['dir']}/wandb/run-abc"
         return self
 
     def log(self, values, **options):
@@ -36,6 +45,20 @@ class Wandb:
 
     def finish(self):
         self.check("finish")
+
+
+@pytest.fixture
+def real(tmp_path):
+    """The library itself, with a home of its own and none of its variables in the environment."""
+    import wandb
+
+    inherited = [name for name in os.environ if name.startswith("WANDB_")]
+    with mock.patch.dict(os.environ, {"HOME": str(tmp_path), "NETRC": "none"}):
+        for name in inherited:
+            del os.environ[name]
+        wandb.teardown()
+        yield wandb
+        wandb.teardown()
 
 
 @pytest.fixture
@@ -73,7 +96,11 @@ def test_resumed_run_keeps_its_id_and_logs_each_epoch_once(tiny, library):
     first, second = fake.inits
     assert (first["id"], second["id"]) == (None, "abc")
     for options in fake.inits:
-        assert (options["name"], options["group"]) == ("tiny", "group")
+        assert (options["project"], options["name"], options["group"]) == (
+            "tpsnet",
+            "tiny",
+            "group",
+        )
         assert (options["mode"], options["resume"]) == ("offline", "allow")
         assert options["config"]["batch_size"] == 16
     epochs = [values for values in fake.logged if "epoch" in values]
@@ -104,7 +131,7 @@ def test_silence_of_a_server_at_the_end_says_how_to_send_the_rest(library, monke
     fake = library()
     monkeypatch.setattr(fake, "finish", silent)
     WandbRun("online", Path("runs/one"), {}).finish({}, Path("runs/one/curves.png"))
-    assert "`wandb sync --include-online runs/one/wandb/run-*` sends it" in capsys.readouterr().err
+    assert "`wandb sync --include-online runs/one/wandb` sends it" in capsys.readouterr().err
     assert fake.inits[0]["settings"]["finish_timeout"] <= 60
 
 
@@ -112,6 +139,63 @@ def test_disabled_never_imports_the_library(tiny, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)
     train(replace(tiny, epochs=1))
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("mode", "variables", "file", "expected"),
+    [
+        ("auto", {"WANDB_MODE": "disabled"}, "", None),
+        ("auto", {}, "mode = disabled", None),  # as `wandb disabled` writes it
+        ("auto", {}, "mode = offline\nproject = thesis", ("thesis", "one", "group", "runs/one")),
+        (
+            "offline",  # as given, whatever the environment says
+            {
+                "WANDB_MODE": "disabled",
+                "WANDB_PROJECT": "thesis",
+                "WANDB_ENTITY": "lab",
+                "WANDB_NAME": "first",
+                "WANDB_RUN_GROUP": "mine",
+                "WANDB_DIR": "there",
+            },
+            "project = other",
+            ("thesis", "first", "mine", "there"),
+        ),
+    ],
+)
+def test_its_own_variables_and_settings_count(mode, variables, file, expected, real, capsys):
+    os.environ.update(variables)
+    Path("wandb").mkdir()
+    Path("wandb/settings").write_text(f"[default]\n{file}\n")
+    before = sorted(Path().rglob("*"))
+    logger = WandbRun(mode, Path("runs/one"), {}, group="group")
+    out, err = capsys.readouterr()
+    assert not err
+    if not expected:
+        assert not out and sorted(Path().rglob("*")) == before
+        return
+    assert f"offline, in {Path(expected[-1], 'wandb')}" in out
+    settings = logger.run.settings
+    assert (settings.project, settings.run_name, settings.run_group) == expected[:-1]
+    assert settings.entity == variables.get("WANDB_ENTITY")
+    logger.run.finish()
+    assert not Path(os.environ["HOME"], ".cache").exists()  # a home may be read-only
+    assert list(Path(expected[-1]).glob("wandb/offline-run-*/run-*.wandb"))
+
+
+def test_a_wrong_variable_is_named(real, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "nowhere")
+    assert WandbRun("auto", Path("runs/one"), {}).run is None
+    error = capsys.readouterr().err
+    assert re.match(r"warning: wandb: .* mode .*'nowhere'.*; going on without it\n$", error)
+
+
+def test_documented_command_finds_what_is_to_be_sent(demo):
+    page = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    arguments = re.search(r"`wandb (sync checkpoints/tpsnet/wandb)`", page)[1]
+    line = arguments.replace("tpsnet", "demo").split()
+    command = [sys.executable, "-m", "wandb", *line, "--dry-run"]
+    result = subprocess.run(command, cwd=demo[0].parents[1], capture_output=True, text=True)
+    assert "Would sync 1 run" in result.stderr
 
 
 @pytest.mark.slow
