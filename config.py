@@ -450,4 +450,8 @@ def parse(args: list[str], preset: str, path: str) -> tuple[str, str, Config]:
     )
     groups = (parsed.network, parsed.data, parsed.optimization, parsed.arithmetic, parsed.run)
     constants = {k: getattr(g, k) for g in groups for k in asdict(g)}
+    if parsed.network.channels and any(arg.partition("=")[0] == "--width" for arg in args):
+        raise InputError(
+            f"width: {parsed.network.width} beside channels, which replace it; leave one of the two"
+        )
     return parsed.preset, parsed.config, Config(**constants)

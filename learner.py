@@ -141,7 +141,7 @@ class Proxy:
     """
 
     def __init__(self, config: Config, data: Dataset, device: torch.device) -> None:
-        self.learner = Learner(replace(config, width=1, ema_decay=0.0), data, device)
+        self.learner = Learner(replace(config, width=1, channels=(), ema_decay=0.0), data, device)
         self.keep_fraction = config.keep_fraction
         self.criterion = nn.CrossEntropyLoss(
             reduction="none", label_smoothing=config.label_smoothing

@@ -1,7 +1,15 @@
 """TPSNet: residual networks of at most 5 million parameters for 32x32 images.
 
-`ResNet` has the paper's six free choices: stages, blocks per stage, channels, and the kernel sizes
-of convolutions, skips and pooling. The networks of `python train.py NAME`, for CIFAR-10:
+`ResNet` has the six choices that the paper leaves free, in its numbering:
+
+1. the number of residual layers, here called stages: how many values `num_blocks` has
+2. the number of blocks in layer i: `num_blocks`
+3. the number of channels in layer i: `channels`, or by `c1` and `width`
+4. the kernel size of the convolutions in layer i: `conv_kernel`
+5. the kernel size of the skip connections in layer i: `skip_kernel`
+6. the kernel size of the average pooling: `pool_kernel`
+
+The networks of `python train.py NAME`, for CIFAR-10:
 
 | name   | num_blocks   | c1 | parameters |
 |--------|--------------|----|------------|
@@ -48,6 +56,8 @@ class Architecture:
     """Channels after the stem (C1)."""
     width: Annotated[int, Range(1, 64)] = 2
     """Channels of the first stage, as a multiple of C1; each further stage doubles them."""
+    channels: Annotated[tuple[int, ...], Range(1, 4096)] = ()
+    """Channels of each stage, one number per stage, instead of what C1 and width give."""
     conv_kernel: Annotated[int | tuple[int, ...], Range(1, 31)] = 3
     """Kernel size of the blocks' convolutions, odd; one for all stages or one per stage."""
     skip_kernel: Annotated[int | tuple[int, ...], Range(1, 31)] = 1
@@ -84,10 +94,11 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.conv1 = conv(in_channels, channels, conv_kernel, stride)
         self.bn1 = nn.BatchNorm2d(channels)
+        self.relu1 = nn.ReLU(inplace=True)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = conv(channels, channels, conv_kernel)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.relu = nn.ReLU(inplace=True)
+        self.relu2 = nn.ReLU(inplace=True)
         self.shortcut = nn.Identity()
         if stride != 1 or in_channels != channels:
             self.shortcut = nn.Sequential(
@@ -96,17 +107,17 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, S, S) to (N, channels, S / stride, S / stride)."""
-        out = self.dropout(self.relu(self.bn1(self.conv1(x))))
+        out = self.dropout(self.relu1(self.bn1(self.conv1(x))))
         out = self.bn2(self.conv2(out))
-        return self.relu(out + self.shortcut(x))
+        return self.relu2(out + self.shortcut(x))
 
 
 class ResNet(nn.Module):
     """A stem to `c1` channels, one stage per entry of `num_blocks`, pooling, one linear layer.
 
-    Stage i (from 0) has `width * c1 * 2**i` channels. A whitening stem is a frozen 2x2 convolution,
-    filled by `set_whitening`, that removes the correlations of neighboring pixels. With
-    `downsample="pool"` no block works at full resolution.
+    A stage has its number of `channels`, or without them `width * c1 * 2**i`, i from 0. A whitening
+    stem is a frozen 2x2 convolution, filled by `set_whitening`, that removes the correlations of
+    neighboring pixels. With `downsample="pool"` no block works at full resolution.
 
     Raises:
         InputError: the architecture cannot be built; the message names the field.
@@ -127,8 +138,7 @@ class ResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(a.c1)
         self.relu = nn.ReLU(inplace=True)
         stages, in_channels = [], a.c1
-        for i, depth in enumerate(a.num_blocks):
-            channels = a.width * a.c1 * 2**i
+        for i, (depth, channels) in enumerate(zip(a.num_blocks, stage_channels(a), strict=True)):
             blocks = []
             if a.downsample == "pool":
                 blocks.append(PooledConv(in_channels, channels, conv_kernels[i]))
@@ -145,10 +155,10 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, 32, 32) normalized images, or smaller ones, to (N, num_classes) logits."""
+        window = pool_window(x, self.architecture)
         x = self.relu(self.bn1(self.conv1(x)))  # (N, c1, 32, 32); 31x31 after a whitening stem
-        x = self.stages(x)  # (N, width * c1 * 2**(stages - 1), S, S)
-        # The map of a smaller image may be smaller than the window, which then covers all of it.
-        x = F.avg_pool2d(x, min(self.architecture.pool_kernel, x.shape[-1])).flatten(1)
+        x = self.stages(x)  # (N, C, S, S)
+        x = F.avg_pool2d(x, window).flatten(1)
         return self.linear(self.dropout(x))  # (N, num_classes)
 
     @torch.no_grad()
@@ -188,6 +198,31 @@ def conv(in_channels: int, channels: int, kernel_size: int, stride: int = 1) -> 
     return nn.Conv2d(in_channels, channels, kernel_size, stride, kernel_size // 2, bias=False)
 
 
+@torch.fx.wrap  # torch.fx records the call: it cannot follow a decision that depends on a shape
+def pool_window(images: Tensor, architecture: Architecture) -> int:
+    """The window of the average pooling for these images.
+
+    The map of a smaller image may be smaller than `pool_kernel`; the window then covers all of it.
+
+    Raises:
+        InputError: the network, made for IMAGE_SIZE, cannot classify images of this shape.
+    """
+    a, size = architecture, images.shape[-1]
+    fits = images.ndim == 4 and images.shape[1:] == (3, size, size) and size <= IMAGE_SIZE
+    if not fits or pooled_size(a, size) != pooled_size(a):
+        raise InputError(
+            f"images: {tuple(images.shape)}, not (N, 3, {IMAGE_SIZE}, {IMAGE_SIZE});"
+            f" make them RGB of {IMAGE_SIZE}x{IMAGE_SIZE} pixels"
+        )
+    return min(a.pool_kernel, feature_size(len(a.num_blocks), a.stem, a.downsample, size))
+
+
+def stage_channels(architecture: Architecture) -> tuple[int, ...]:
+    """Channels of each stage."""
+    a = architecture
+    return a.channels or tuple(a.width * a.c1 * 2**i for i in range(len(a.num_blocks)))
+
+
 def per_stage(kernel: int | tuple[int, ...], num_stages: int) -> tuple[int, ...]:
     """Kernel sizes of all stages, from one for all or one each."""
     return (kernel,) * num_stages if isinstance(kernel, int) else tuple(kernel)
@@ -214,6 +249,11 @@ def check_architecture(architecture: Architecture) -> None:
     a, num_stages = architecture, len(architecture.num_blocks)
     if not 1 <= num_stages <= 4:
         raise InputError(f"num_blocks: {a.num_blocks!r} is not 1 to 4 stages; try 3 3 3")
+    if a.channels and len(a.channels) != num_stages:
+        raise InputError(
+            f"channels: {len(a.channels)} numbers given for {num_stages} stages;"
+            " give one per stage, or none"
+        )
     for name in ("conv_kernel", "skip_kernel"):
         kernel = getattr(a, name)
         if not isinstance(kernel, int) and len(kernel) != num_stages:
@@ -333,7 +373,7 @@ def smaller(architecture: Architecture, max_params: int) -> str:
             return True
 
     remedies = []
-    for name in ("c1", "width"):
+    for name in () if architecture.channels else ("c1", "width"):
         values = range(1, getattr(architecture, name))
         largest = bisect.bisect_left(values, True, key=partial(too_large, name))
         if largest:

@@ -17,6 +17,7 @@ from matplotlib.lines import Line2D
 
 from engine.plots import BLUE, GREY, ORANGE, save
 from model import MAX_PARAMS, Architecture, check_budget, feature_size
+from search.space import PER_STAGE
 
 EFFECTS = (
     "num_block_inplane_effects.png",
@@ -41,6 +42,7 @@ CHOICES = {
     "odd": "odd blocks, in how many stages",
     "c1": "C1",
     "width": "width",
+    "mean_channels": "channels per stage, mean",
     "mean_conv_kernel": "conv kernel, mean",
     "mean_skip_kernel": "skip kernel, mean",
     "pooled_size": "pooled map, side",
@@ -85,49 +87,57 @@ def differing(rows: list[dict[str, object]], names: Iterable[str] = CHOICES) -> 
 
 def with_derived(row: dict[str, object]) -> dict[str, object]:
     """A row of trials.csv with columns that summarize its per-stage lists."""
-    lists = {
-        name: [int(n) for n in str(row[name]).split()]
-        for name in ("num_blocks", "conv_kernel", "skip_kernel")
-    }
+    lists = {name: [int(n) for n in str(row[name]).split()] for name in PER_STAGE if name in row}
     odd = [n % 2 for n in lists["num_blocks"]]
-    # With width 1 the first stage keeps its channels, and its shortcut has no convolution.
-    skips = lists["skip_kernel"][row["width"] == 1 :] or [0]
+    # Where the first stage keeps the stem's channels, its shortcut has no convolution.
+    channels = lists.get("channels")
+    keeps = channels[0] == row["c1"] if channels else row["width"] == 1
+    skips = lists["skip_kernel"][keeps:] or [0]
     return row | {
         "mean_blocks": np.mean(lists["num_blocks"]),
         "odd": ODD[any(odd) + all(odd)],
         "mean_conv_kernel": np.mean(lists["conv_kernel"]),
         "mean_skip_kernel": np.mean(skips),
+        "mean_channels": np.mean(channels) if channels else None,
     }
 
 
 def blocks_and_channels(
     rows: list[dict[str, object]], path: str | Path, caption: str, max_params: int
 ) -> None:
-    """Plot accuracy over C1 and blocks per stage, with the budget; a panel per num_stages."""
-    stages, widths = (sorted({row[name] for row in rows}) for name in ("num_stages", "width"))
+    """Plot accuracy over C1 and blocks per stage, with the budget; a panel per num_stages.
+
+    Channels that were drawn for each stage are plotted by their mean, which sets no budget.
+    """
+    x = "c1" if "width" in rows[0] else "mean_channels"
+    stages, widths = (sorted({row.get(name) for row in rows}) for name in ("num_stages", "width"))
     figure = Figure(figsize=(10, 4), layout="constrained")
     figure.suptitle(f"Validation accuracy over depth and width; {caption}", fontsize=11)
     accuracy = [row["early_accuracy"] for row in rows]
-    widest, deepest = (max(row[name] for row in rows) for name in ("c1", "mean_blocks"))
+    widest, deepest = (max(row[name] for row in rows) for name in (x, "mean_blocks"))
     c1 = np.unique(np.geomspace(2, 1.1 * widest, 20).astype(int))
     for axes, number in zip(
         figure.subplots(1, len(stages), sharey=True, squeeze=False)[0], stages, strict=True
     ):
         for width, style, marker in zip(widths, cycle(LINES), cycle(MARKERS), strict=False):
-            depth = np.array([largest_depth(n, number, width, max_params) for n in c1])
-            axes.plot(
-                c1[depth >= 1], depth[depth >= 1], style, color=GREY, linewidth=1,
-                label=f"{max_params / 1e6:.3g}M parameters if 3x3, width {width}",
-            )  # fmt: skip
-            found = [row for row in rows if (row["num_stages"], row["width"]) == (number, width)]
+            if width:
+                depth = np.array([largest_depth(n, number, width, max_params) for n in c1])
+                axes.plot(
+                    c1[depth >= 1], depth[depth >= 1], style, color=GREY, linewidth=1,
+                    label=f"{max_params / 1e6:.3g}M parameters if 3x3, width {width}",
+                )  # fmt: skip
+            found = [
+                row for row in rows if (row["num_stages"], row.get("width")) == (number, width)
+            ]
             dots = axes.scatter(
-                [row["c1"] for row in found],
+                [row[x] for row in found],
                 [row["mean_blocks"] for row in found],
                 c=[row["early_accuracy"] for row in found],
                 marker=marker, s=45, cmap="viridis", edgecolor="black", linewidth=0.4,
-                vmin=np.percentile(accuracy, WORST), vmax=max(accuracy), label=f"width {width}",
+                vmin=np.percentile(accuracy, WORST), vmax=max(accuracy),
+                label=f"width {width}" if width else "trial",
             )  # fmt: skip
-        axes.set(xlabel="C1", title=f"{number} stages")
+        axes.set(xlabel=CHOICES[x], title=f"{number} stages")
         axes.set(xlim=(0, 1.1 * widest), ylim=(0, 1.1 * deepest), axisbelow=True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)

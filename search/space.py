@@ -25,9 +25,10 @@ class LogUniform(NamedTuple):
     high: float
 
 
-# The paper's choices; every value is equally likely. num_blocks, conv_kernel and skip_kernel are
-# drawn once per stage. Any other constant of config.py can be added under its name, such as
-# "lr": LogUniform(0.01, 1.0), or with a single value that all trials share: "optimizer": ("muon",).
+# The paper's choices; every value is equally likely. Those in PER_STAGE are drawn once per stage.
+# Any other constant of config.py can be added under its name, such as "lr": LogUniform(0.01, 1.0),
+# or with a single value that all trials share: "optimizer": ("muon",). "channels": range(16, 129)
+# in place of "width" draws the channels of each stage.
 SPACE = {
     "num_stages": (2, 3, 4),
     "same_blocks": (True, False),  # the same number of blocks in all stages, or one for each
@@ -38,8 +39,9 @@ SPACE = {
     "skip_kernel": (1, 3),
     "pooled_size": (1, 2, 4),  # side of the pooled feature map; it determines pool_kernel
 }
-PER_STAGE = ("num_blocks", "conv_kernel", "skip_kernel")
-SHAPE = ("num_stages", "same_blocks", *PER_STAGE, "pooled_size")  # entries that every space needs
+PER_STAGE = ("num_blocks", "channels", "conv_kernel", "skip_kernel")
+# The entries that every space needs.
+SHAPE = ("num_stages", "same_blocks", "num_blocks", "conv_kernel", "skip_kernel", "pooled_size")
 
 MAX_REJECTED = 2000  # samples in a row outside the limits, after which the search gives up
 VAL_SIZE = {"cifar10": 5000, "digits": 200}  # images
@@ -120,6 +122,8 @@ def check_space(space: Space) -> None:
             raise InputError("SPACE: pool_kernel is determined by pooled_size; set that instead")
         if name not in SHAPE and name not in constants:
             raise InputError(f"SPACE: {name!r} is not a constant of config.py; remove it")
+        if name == "width" and "channels" in space:
+            raise InputError("SPACE: width changes nothing beside channels; remove one of the two")
         empty = not isinstance(values, tuple | list | range) or not len(values)
         if empty or (isinstance(values, LogUniform) and not 0 < values.low < values.high):
             raise InputError(
@@ -163,6 +167,7 @@ def configuration(sample: Sample, base: Config) -> Config:
     shape = {
         name: tuple(sample[f"{name}_{stage}"] for stage in range(1, stages + 1))
         for name in PER_STAGE
+        if f"{name}_1" in sample
     }
     if sample["same_blocks"]:
         shape["num_blocks"] = shape["num_blocks"][:1] * stages

@@ -72,7 +72,8 @@ class Trials:
         self.search, self.space, self.base = search, space, base_config(search, preset)
         self.path, self.numbers = CHECKPOINTS / search.name, range(1, search.num_samples + 1)
         self.rows: dict[int, Row] = {}
-        constants = [*PER_STAGE, "pool_kernel", "c1", "width"]
+        constants = [name for name in PER_STAGE if name in space] + ["pool_kernel", "c1"]
+        constants += [] if "channels" in space else ["width"]
         constants += [name for name in space if name not in (*SHAPE, *constants)]
         self.columns = ["trial", "status", METRIC, "early_accuracy", "epochs", "seconds"]
         self.columns += ["num_params", "macs", "num_stages", "pooled_size", *constants]

@@ -47,10 +47,13 @@ MISTAKES = [
     ("demo --conv-kernel 3 2 3", ["conv_kernel", "2", "even", "such as 1"]),
     ("demo --skip-kernel 1 1 1 1", ["skip_kernel", "4 sizes", "3 stages"]),
     ("demo --stem whitening", ["c1", "8", "use 24"]),
+    ("demo --channels 8 16", ["channels", "2 numbers", "3 stages", "one per stage"]),
+    ("best --channels 64 64 64 --width=1", ["width", "1 beside channels", "leave one"]),
     ("demo --num-blocks 1 1 1 1", ["pool_kernel", "8", "4x4", "use 1 to 4"]),
     ("--c1 17", ["max_params", "5,598,195", "5,000,000", "--c1 16 or less, --width 1, or raise"]),
     ("demo --max-params 76817", ["76,818", "76,817", "use --c1 7 or less, --width 1, or raise"]),
     ("fast --width 5", ["max_params", "use --width 4 or less, or raise --max-params"]),
+    ("--channels 400 400 400", ["max_params", "use fewer blocks or channels, or raise"]),
     ("demo --max-params 9", ["max_params", "use fewer blocks or channels, or raise --max-params"]),
     # the data
     ("demo --flip random", ["flip", "--flip none"]),

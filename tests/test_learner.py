@@ -271,8 +271,8 @@ def make_proxy(digits):
     """A proxy for the digits, and nine batches of them."""
 
     def make(keep_fraction):
-        config = replace(EXACT, keep_fraction=keep_fraction, width=2, batch_size=40)
-        config = replace(config, max_steps_per_epoch=9)
+        config = replace(EXACT, keep_fraction=keep_fraction, batch_size=40, max_steps_per_epoch=9)
+        config = replace(config, channels=(8,) * len(config.num_blocks))
         return Proxy(config, digits, CPU), list(train_batches(digits, config, 1))
 
     return make
@@ -281,7 +281,7 @@ def make_proxy(digits):
 def test_proxy_keeps_the_images_of_the_largest_loss(make_proxy):
     proxy, batches = make_proxy(0.25)
     before = copy.deepcopy(proxy.learner.model)
-    assert before.architecture.width == 1
+    assert (before.architecture.width, before.architecture.channels) == (1, ())
     images, labels, batch_size = next(proxy.hardest(batches))
     assert len(images) == len(labels) == batch_size == 10
     losses = F.cross_entropy(before(batches[0][0]), batches[0][1], reduction="none")

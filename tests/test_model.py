@@ -1,5 +1,6 @@
 import math
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import model
 from config import PRESETS
@@ -73,6 +75,7 @@ def test_network_can_be_fused_and_has_second_derivatives():
         {"num_blocks": (1, 1, 1, 1), "pool_kernel": 4},
         {"c1": 5},
         {"width": 3},
+        {"channels": (8, 12, 20)},
         {"conv_kernel": 5},
         {"conv_kernel": (3, 1, 5)},
         {"skip_kernel": 3},
@@ -90,6 +93,59 @@ def test_every_choice_changes_the_network(choice):
     assert shapes[0] != shapes[1]
     logits = changed.eval()(torch.randn(2, 3, 32, 32))
     assert logits.shape == (2, choice.get("num_classes", 10))
+
+
+def test_channels_of_each_stage_stand_instead_of_the_doubling():
+    network = ResNet(Architecture(**SMALL, width=1, channels=(8, 12, 4)))
+    assert [stage[-1].conv2.out_channels for stage in network.stages] == [8, 12, 4]
+    assert network.conv1.out_channels == 4  # C1 is that of the stem
+    same = []
+    for choice in ({}, {"channels": (8, 16, 32)}):
+        torch.manual_seed(0)
+        same.append(ResNet(Architecture(**SMALL, **choice)).state_dict())
+    assert same[0].keys() == same[1].keys()
+    assert all(torch.equal(same[0][name], same[1][name]) for name in same[0])
+
+
+FOLLOWED = {
+    "stride": Architecture(**SMALL, dropout=0.1),
+    "pool": Architecture(**SMALL | {"c1": 24}, stem="whitening", downsample="pool", pool_kernel=3),
+}
+
+
+@pytest.mark.parametrize("kind", FOLLOWED)
+def test_torch_fx_follows_the_network(kind):
+    network = ResNet(FOLLOWED[kind]).eval()
+    traced = torch.fx.symbolic_trace(network)
+    features = create_feature_extractor(network, {"stages.1": "map", "flatten": "features"})
+    for size in (32, 28):  # pooled to the same size, 1x1
+        x = torch.randn(2, 3, size, size)
+        assert torch.equal(traced(x), network(x))
+        found = features(x)
+        assert torch.equal(
+            found["map"], network.stages[:2](network.relu(network.bn1(network.conv1(x))))
+        )
+        assert torch.equal(network.linear(found["features"]), network(x))
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 64, 64), (2, 3, 16, 16), (2, 3, 32, 16), (2, 1, 32, 32), (3, 32, 32)], ids=str
+)
+def test_images_of_another_shape_are_one_line(shape):
+    network = ResNet(Architecture(**SMALL, pool_kernel=4)).eval()
+    for model_ in (network, torch.fx.symbolic_trace(network)):
+        with pytest.raises(InputError, match=r"images: \(.*\), not \(N, 3, 32, 32\); make"):
+            model_(torch.randn(shape))
+
+
+def test_each_layer_is_used_once():
+    """Tools that keep a layer's input and output, such as DeepLift, need that."""
+    network = ResNet(Architecture(**SMALL))
+    used = Counter()
+    for name, layer in network.named_modules():
+        layer.register_forward_hook(lambda *_, name=name: used.update([name]))
+    network(torch.randn(2, 3, 32, 32))
+    assert set(used.values()) == {1}
 
 
 def test_pooling_window_of_the_same_size_is_a_mean_over_the_map():

@@ -18,6 +18,7 @@ SOUND = {
     "num_blocks": st.lists(st.integers(1, 3), min_size=1, max_size=4).map(tuple),
     "c1": st.integers(1, 12),
     "width": st.integers(1, 3),
+    "channels": st.just(()),
     "conv_kernel": kernels,
     "skip_kernel": kernels,
     "pool_kernel": st.integers(1, 4),
@@ -32,6 +33,7 @@ WILD = {
     "num_blocks": st.lists(st.integers(-1, 9), max_size=6).map(tuple),
     "c1": st.integers(-9, 5000),
     "width": st.integers(-9, 99),
+    "channels": st.lists(st.integers(-1, 20), max_size=5).map(tuple),
     "conv_kernel": some_kernels,
     "skip_kernel": some_kernels,
     "pool_kernel": st.integers(-1, 40),
@@ -51,6 +53,8 @@ def architectures(draw):
         found[name] = draw(WILD[name])
     if found["stem"] == "whitening" and draw(st.booleans()):
         found["c1"] = 24
+    if draw(st.booleans()):
+        found["channels"] = tuple(draw(st.integers(1, 20)) for _ in found["num_blocks"])
     if draw(st.booleans()):
         found["conv_kernel"] = tuple(draw(kernels) for _ in found["num_blocks"])
     return found
@@ -72,7 +76,7 @@ def predicted(a):
     total, inputs = convolution(3, a["c1"], 2 if whitening else 3), a["c1"]
     size = 31 if whitening else 32
     for i, depth in enumerate(a["num_blocks"]):
-        channels = a["c1"] * a["width"] * 2**i
+        channels = a["channels"][i] if a["channels"] else a["c1"] * a["width"] * 2**i
         if pools:
             total, inputs, size = (
                 total + convolution(inputs, channels, conv[i]),

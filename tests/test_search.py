@@ -68,6 +68,7 @@ def test_a_bad_option_is_one_line_and_writes_nothing(line, words, monkeypatch):
         (SPACE | {"c1": ()}, ["c1", "()"]),
         (SPACE | {"lr": LogUniform(0.1, 0.01)}, ["lr", "0.01"]),
         (SPACE | {"width": 2}, ["width", "2", "tuple"]),
+        (SPACE | {"channels": range(16, 129)}, ["width", "channels"]),
         (SPACE | {"depth": (1, 2)}, ["'depth'", "config.py"]),
         (SPACE | {"pool_kernel": (1, 2)}, ["pool_kernel", "pooled_size"]),
         ({}, ["num_stages", "search/space.py"]),
@@ -207,6 +208,26 @@ def test_a_sample_becomes_a_configuration(same, num_blocks):
     assert (config.num_blocks, config.conv_kernel) == (num_blocks, (1, 3, 5))
     assert (config.pool_kernel, config.c1) == (4, 9)  # from 8x8 to 2x2 pixels
     assert config.rotation_degrees == PRESETS["tpsnet"].rotation_degrees  # not drawn
+
+
+@pytest.mark.parametrize("algorithm", ["random", "optuna"])
+def test_channels_of_each_stage_can_be_drawn_instead_of_the_width(algorithm):
+    space = {name: values for name, values in TINY.items() if name != "width"}
+    trials = make_trials(space | {"channels": range(3, 40, 2)}, algorithm=algorithm)
+    found = set()
+    for number in range(1, 6):
+        row = trials.draw(number)
+        config = trials.config(row)
+        assert len(config.channels) == row["num_stages"]
+        assert set(config.channels) <= set(range(3, 40, 2))
+        assert row["channels"] == " ".join(map(str, config.channels))
+        assert row["num_params"] == count_parameters(ResNet(config))
+        trials.write(row | {"status": "finished", "val_accuracy": 20.0})
+        assert trials.read(number)["sample"] == row["sample"]
+        found.update(config.channels)
+    assert len(found) > 5
+    assert "width" not in trials.columns
+    assert "channels" not in make_trials(TINY).columns  # a search of before goes on
 
 
 def test_tpe_learns_from_the_trials_that_ended_and_random_search_does_not():

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 
 from model import MAX_PARAMS
-from search.figures import EFFECTS, effects, largest_depth, pareto_front, permutation_importance
+from search.figures import (
+    EFFECTS,
+    blocks_and_channels,
+    differing,
+    effects,
+    largest_depth,
+    pareto_front,
+    permutation_importance,
+    with_derived,
+)
 
 
 def trials(number):
@@ -30,6 +39,17 @@ def test_a_search_has_five_figures(tmp_path):
     paths = effects(trials(12), tmp_path, "12 trials")
     assert [path.name for path in paths] == list(EFFECTS)
     assert all(path.exists() for path in paths)
+
+
+def test_drawn_channels_are_shown_by_their_mean(tmp_path):
+    rows = []
+    for n, row in enumerate(trials(12)[:-1]):
+        del row["width"]
+        rows.append(with_derived(row | {"channels": f"{8 + n} 40 {42 + n}"}))
+    assert [row["mean_channels"] for row in rows[:2]] == [30, 30 + 2 / 3]
+    assert "mean_channels" in differing(rows)
+    blocks_and_channels(rows, tmp_path / "channels.png", "11 trials", MAX_PARAMS)
+    assert (tmp_path / "channels.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def whole(rows: list[Row]) -> list[Row]:
 def again(row: Row) -> Config:
     """The constants of a trial in trials.csv, with LONGER times the epochs."""
     base = base_config(replace(OPTIONS, epochs=LONGER * OPTIONS.epochs), "tpsnet")
-    shape = {name: tuple(map(int, str(row[name]).split())) for name in PER_STAGE}
+    shape = {n: tuple(map(int, str(row[n]).split())) for n in PER_STAGE if n in row}
     shape |= {name: row[name] for name in ("c1", "width", "pool_kernel")}
     return replace(base, **fixed(RECIPE), **shape, name=f"choices-longer/{row['trial']:03d}")
 
