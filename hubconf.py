@@ -20,7 +20,10 @@ from torch import nn as _nn
 dependencies = ["torch", "numpy", "safetensors"]
 _FOLDER = _Path(__file__).resolve().parent
 # The files that a network needs; each imports only from those before it.
-_FILES = "utils", "model", "config", "augment", "engine.distributed", "data", "engine.checkpoint"
+_FILES = (
+    *("utils", "model", "engine.script", "config", "augment", "engine.distributed", "data"),
+    "engine.checkpoint",
+)
 
 
 def best(pretrained: bool = True) -> _nn.Module:

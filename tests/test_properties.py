@@ -49,14 +49,15 @@ WILD = {
 def architectures(draw):
     """A sound configuration, often with one or two wild values, which may be sound as well."""
     found = draw(st.fixed_dictionaries(SOUND))
-    for name in draw(st.lists(st.sampled_from([*WILD]), max_size=2)):
-        found[name] = draw(WILD[name])
-    if found["stem"] == "whitening" and draw(st.booleans()):
-        found["c1"] = 24
     if draw(st.booleans()):
         found["channels"] = tuple(draw(st.integers(1, 20)) for _ in found["num_blocks"])
     if draw(st.booleans()):
         found["conv_kernel"] = tuple(draw(kernels) for _ in found["num_blocks"])
+    for _ in range(2):
+        if name := draw(st.sampled_from([None, *WILD])):
+            found[name] = draw(WILD[name])
+    if found["stem"] == "whitening" and draw(st.booleans()):
+        found["c1"] = 24
     return found
 
 
