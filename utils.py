@@ -22,7 +22,7 @@ from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_typ
 import torch
 
 IMAGE_SIZE = 32  # pixels, both sides
-CHECKPOINTS = Path(os.environ.get("TPSNET_CHECKPOINTS") or "checkpoints")  # the folder of runs
+CHECKPOINTS = Path(os.environ.get("TPSNET_CHECKPOINTS") or "checkpoints").expanduser()  # of runs
 TEMPORARY = ".tmp-"  # prefix of the folders in which files are written before they are renamed
 
 

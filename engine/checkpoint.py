@@ -136,18 +136,16 @@ def find_checkpoint(path: Path) -> Path:
     """Return the model file that a path or a name stands for.
 
     A file stands for itself, a folder for its newest run, else for its first released network. What
-    does not exist may be the name of a run or of a released network. Where the current folder has
+    is neither may be the name of a run or of a released network. Where the current folder has
     none, those beside the scripts count.
 
     Raises:
         InputError: the folder has none, or no run in it has finished an epoch.
     """
     places = [path]
-    if not path.exists():
+    if not path.is_file():
         folders = (Path(), CHECKPOINTS, RELEASED)
         places = [folder / name for folder in folders for name in (path, f"{path}.safetensors")]
-        if path.name == "model.safetensors":  # a run writes it at the end of its first epoch
-            places.append(path.parent)
     if path == CHECKPOINTS:
         places.append(RELEASED)
     for place in places:
@@ -156,6 +154,8 @@ def find_checkpoint(path: Path) -> Path:
         if place.is_dir() and (found := network_in(place)):
             return found
     if not path.is_dir():
+        if path.name == "model.safetensors" and (path.parent / "last.pt").exists():
+            raise unfinished(path.parent)
         return path
     raise InputError(
         f"checkpoint: {path.as_posix()} holds no run and no released model; train one with"
@@ -178,12 +178,17 @@ def network_in(folder: Path) -> Path | None:
 
     network = newest("model.safetensors") or min(folder.glob("*.safetensors"), default=None)
     if not network and (state := newest("last.pt")):
-        run = state.parent.as_posix()
-        raise InputError(
-            f"checkpoint: the run in {run} has not finished an epoch; go on with it by `python"
-            f" train.py --config {run}/config.json --resume`, or name another"
-        )
+        raise unfinished(state.parent)
     return network
+
+
+def unfinished(run: Path) -> InputError:
+    """The error of a run without a network, which is written at the end of its first epoch."""
+    folder = run.as_posix()
+    return InputError(
+        f"checkpoint: the run in {folder} has not finished an epoch; go on with it by `python"
+        f" train.py --config {folder}/config.json --resume`, or name another"
+    )
 
 
 # ---------------------------------------------------------------- the state of a training

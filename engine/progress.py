@@ -15,7 +15,7 @@ from engine.distributed import compute_dtype, dtype_name, is_main, num_processes
 from model import model_cost
 from utils import duration, warn
 
-TIMED_STEPS = 4  # after the first one, for the estimate: a proxy learns in one of as many
+TIMED_STEPS = 4  # after the first two, for the estimate: a proxy learns in one of as many
 FINISH_SECONDS = 60  # for Weights & Biases to send the rest
 # Unless the environment says otherwise: no lines of its own, no copy of ours, and no reports about
 # itself, which at exit wait for a silent server.
@@ -96,11 +96,11 @@ class Progress:
 
     def estimate(self, epoch: int, seen: int, num_images: int) -> None:
         """Time a step of `num_images`; after the first few, print how long the rest will take."""
-        if len(self._timed) > TIMED_STEPS:
+        if len(self._timed) > TIMED_STEPS + 1:
             return
         self._timed.append((num_images, time.perf_counter()))
-        if len(self._timed) > TIMED_STEPS and is_main():
-            (_, start), *rest = self._timed  # the first step warms up
+        if len(self._timed) > TIMED_STEPS + 1 and is_main():
+            _, (_, start), *rest = self._timed  # the first step warms up, and its state is saved
             pace = (rest[-1][1] - start) / sum(images for images, _ in rest)
             now, *later = self._pixels[epoch - 1 :]
             left = self.images_per_epoch * (1 + sum(later) / now) - seen

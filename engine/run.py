@@ -405,10 +405,12 @@ class Run:
 
     def _end_if_asked(self, number: int) -> None:
         """Raise StoppedError if `number` is that of a signal; 0 is none."""
+        remedy = how_to_go_on(self.config)
         if number and not self._has_state:
-            end_by_signal(number, "before the first step; the same command starts it again")
+            if self.config.overwrite:  # --resume would go on with the old run, which is left
+                remedy = "the same command starts it again"
+            end_by_signal(number, f"before the first step; {remedy}")
         if number:
-            remedy = how_to_go_on(self.config)
             end_by_signal(number, f"after {self}, saved in {self.folder}; {remedy}")
 
     def stop_if_asked(self) -> None:
@@ -427,7 +429,8 @@ class Run:
 
 def how_to_go_on(config: Config) -> str:
     """The advice printed after a stop. A command that resumes is simply given again."""
-    return f"the same command{'' if config.resume else ' with --resume'} goes on from there"
+    added = " with --resume in place of --overwrite" if config.overwrite else " with --resume"
+    return f"the same command{'' if config.resume else added} goes on from there"
 
 
 def end_by_signal(number: int, where: str) -> None:

@@ -188,6 +188,13 @@ def test_run_that_is_there_or_in_use_or_cannot_be_made(monkeypatch, capsys):
     check_refusal("demo --wandb disabled", words, monkeypatch, capsys)
 
 
+def test_folder_of_all_runs_may_be_in_the_home_directory():
+    """A shell expands ~, but neither Docker nor a file of settings does."""
+    env = os.environ | {"TPSNET_CHECKPOINTS": "~/runs", "PYTHONPATH": str(ROOT)}
+    show = [sys.executable, "-c", "import utils; print(utils.CHECKPOINTS)"]
+    assert subprocess.check_output(show, env=env, text=True).strip() == str(Path.home() / "runs")
+
+
 def test_folder_behind_a_link_to_nothing():
     Path("checkpoints").symlink_to("/mnt/gone")
     words = r"^name: .* checkpoints is a link to /mnt/gone, which is missing; create that"

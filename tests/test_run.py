@@ -22,17 +22,18 @@ from conftest import ROOT, TINY, command, run_main
 from faults import RECIPES, Fork, digest, result
 
 import utils
-from config import PRESETS, record
+from config import PRESETS, images_per_epoch, record
 from data import load_dataset, train_batches
 from engine import distributed
 from engine.checkpoint import PREVIOUS, load_model, load_state, read_state, save_state
 from engine.evaluate import evaluate
+from engine.progress import Progress
 from engine.run import RUN_FILES, Run, lock_folder
 from engine.script import stop_signals
 from learner import Learner
 from model import Architecture
 from train import train, train_seeds
-from utils import DivergenceError, InputError, StoppedError, part_of
+from utils import DivergenceError, InputError, StoppedError, duration, part_of
 
 FOLDER = Path("checkpoints/tiny")
 EACH_STEP = replace(TINY, save_minutes=0.0)
@@ -389,14 +390,23 @@ def test_run_that_ends_before_its_first_step_is_none(tiny, overwrite):
     with pytest.raises(MemoryError), run.opened(data, learner):
         raise MemoryError
     run = Run(config)
+    again = "starts it again" if overwrite else "with --resume goes on from there"
+    words = f"^stopped by SIGTERM before the first step; the same command {again}$"
     with (
-        pytest.raises(StoppedError, match=r"^stopped by SIGTERM before the first step; the same"),
+        pytest.raises(StoppedError, match=words),
         run.opened(data, learner),
     ):
         os.kill(os.getpid(), signal.SIGTERM)
         run.stop_if_asked()
     assert files() == before | {FOLDER: True}
     Run(config)
+
+
+def test_advice_after_a_stop_leaves_overwrite_out(tiny):
+    """With both options the command would be refused."""
+    config = replace(tiny, overwrite=True)
+    with pytest.raises(StoppedError, match="with --resume in place of --overwrite goes on"):
+        train(config, report=lambda _: os.kill(os.getpid(), signal.SIGTERM))
 
 
 def test_second_run_in_a_folder_is_refused(tiny):
@@ -559,6 +569,17 @@ def test_demo_reaches_90_percent_in_three_epochs_and_says_what_to_run_next(demo)
     assert len(epochs) == 3  # and no progress bar where the output is no terminal
     assert all(len(line) < 80 for line in epochs)
     assert "estimated time on this CPU" in output
+
+
+def test_estimate_leaves_out_the_first_step_and_its_save(monkeypatch, capsys):
+    config = replace(PRESETS["demo"], epochs=1)
+    progress, ends = Progress(config, 1000), iter([30, 60, 61, 62, 63, 64])
+    with monkeypatch.context() as patch:
+        patch.setattr("time.perf_counter", lambda: next(ends))  # all but two steps take a second
+        for step in range(1, 7):
+            progress.estimate(1, 10 * step, 10)
+    left = (images_per_epoch(config, 1000) - 60) / 10
+    assert capsys.readouterr().out == f"estimated time on this CPU: {duration(left)}\n"
 
 
 def test_run_folder_holds_what_the_readme_promises(demo):

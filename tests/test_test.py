@@ -237,6 +237,7 @@ def test_default_and_names_are_also_found_beside_the_scripts(monkeypatch):
     monkeypatch.setattr(checkpoint, "RELEASED", beside)
     make(beside / "best.safetensors", beside / "fast.safetensors")
     assert find_checkpoint(CHECKPOINTS) == beside / "best.safetensors"
+    Path("fast").mkdir()  # of something else
     assert find_checkpoint(Path("fast")) == beside / "fast.safetensors"
     make("checkpoints/fast.safetensors")
     for name in ("fast", "fast.safetensors", "checkpoints/fast", "checkpoints"):
@@ -257,3 +258,9 @@ def test_run_without_a_whole_epoch_is_not_tested(name, monkeypatch, capsys):
     )
     make("checkpoints/fast.safetensors")
     assert find_checkpoint(CHECKPOINTS) == Path("checkpoints/fast.safetensors")
+
+
+def test_missing_file_stands_for_no_other_network():
+    make("checkpoints/group/run/model.safetensors")
+    for name in ("model.safetensors", "checkpoints/group/model.safetensors"):
+        assert find_checkpoint(Path(name)) == Path(name)
