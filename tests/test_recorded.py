@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 import learner
 from engine import recorded
 from engine.checkpoint import load_state
+from studies import gpu
 from train import train
 
 
@@ -200,6 +201,29 @@ def test_graphs_share_memory_with_those_of_the_same_function_alone(recording, mo
         for n in (1, 1, 1, 1, 2, 2, 2, 2):
             assert double(torch.ones(n))[0].tolist() == [2] * n
     assert used == [1, 1, 2, 2]
+
+
+def test_the_check_for_gpus_compares_recorded_and_resumed_steps(recipe, recording, capsys):
+    gpu.check(recipe, torch.device("cpu"))
+    assert capsys.readouterr().out.splitlines() == [
+        f"tiny, {kind}: the same bits as launched" for kind in ("recorded", "resumed")
+    ]
+    assert all(tape.replays for tape in recording)  # a proxy's, too, whether it learns or not
+
+
+def test_the_check_for_gpus_notices_a_constant_learning_rate(
+    recipe, recording, monkeypatch, capsys
+):
+    set_lr = learner.set_lr
+
+    def in_a_new_tensor(optimizer, lr):
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"].clone()
+        set_lr(optimizer, lr)
+
+    monkeypatch.setattr(learner, "set_lr", in_a_new_tensor)
+    gpu.check(recipe, torch.device("cpu"))
+    assert "recorded: differs" in capsys.readouterr().out
 
 
 def test_nothing_is_recorded_on_a_cpu(recipe, monkeypatch):
