@@ -18,6 +18,7 @@ from engine import recorded
 from engine.checkpoint import load_state
 from studies import gpu
 from train import train
+from utils import InputError
 
 
 class Tape(TorchDispatchMode):
@@ -224,6 +225,14 @@ def test_the_check_for_gpus_notices_a_constant_learning_rate(
     monkeypatch.setattr(learner, "set_lr", in_a_new_tensor)
     gpu.check(recipe, torch.device("cpu"))
     assert "recorded: differs" in capsys.readouterr().out
+
+
+def test_the_study_of_gpus_needs_one_and_names_its_presets(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="device: this study needs an NVIDIA GPU"):
+        gpu.main(["--check", "tpsnet"])
+    with pytest.raises(InputError, match="preset: 'huge' is not one of tpsnet, "):
+        gpu.main(["huge"])
 
 
 def test_nothing_is_recorded_on_a_cpu(recipe, monkeypatch):
