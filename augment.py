@@ -233,10 +233,11 @@ def strength(name: str, level: int, sign: int, ranges: dict[str, float], levels:
     """The argument of an operation at one of several levels; 0 if it takes none."""
     if name not in ranges:
         return 0.0
-    at = torch.linspace(0, ranges[name], levels)[level].item()  # in float32, as in torchvision
-    if name == "posterize":
-        return 8 - round(at)  # bits that are kept
-    return 1 - at if name == "solarize" else sign * at
+    # In float32, as in torchvision.
+    if name == "solarize":  # the threshold falls
+        return torch.linspace(ranges[name], 0, levels)[level].item()
+    at = torch.linspace(0, ranges[name], levels)[level].item()
+    return 8 - round(at) if name == "posterize" else sign * at  # posterize keeps so many bits
 
 
 def call_together(images: Tensor, calls: list[tuple[str, float]], which: Tensor) -> Tensor:

@@ -28,12 +28,13 @@ class Recorded:
         enabled: False to just call the function from now on, as after a recording that failed.
     """
 
-    _memory = None  # of all graphs: they run one after the other, and no result is left in it
-
     def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
         self.function = function
         self._calls = Counter()  # by shape
         self._graphs = {}
+        # The graphs share their memory, since they run one after the other. It is not shared with
+        # other functions: PyTorch refuses memory all of whose graphs were deleted.
+        self._memory = None
         self.enabled = True
 
     def __call__(self, *given: object) -> tuple[Tensor, ...]:
@@ -48,9 +49,12 @@ class Recorded:
             try:
                 self._graphs[shapes] = self._record(given)
             except RuntimeError as error:
-                warn(f"cuda graph: {first_line(error)}; going on without, kernel by kernel")
+                # Ending a recording that has failed raises an error of its own.
+                cause = first_line(error.__context__ or error)
+                warn(f"cuda graph: {cause}; going on without, kernel by kernel")
                 self.enabled = False
-                return self.function(*given)
+        if not self.enabled:  # here, where the error no longer keeps the half-made graph
+            return self.function(*given)
         graph, held, results = self._graphs[shapes]
         for kept, value in zip(held, given, strict=True):
             if isinstance(kept, Tensor):
@@ -61,9 +65,13 @@ class Recorded:
     def _record(self, given: tuple[object, ...]) -> tuple:
         """Returns the graph, the arguments it reads and the results it writes; nothing is run."""
         held = [value.clone() if isinstance(value, Tensor) else value for value in given]
-        Recorded._memory = Recorded._memory or torch.cuda.graph_pool_handle()
+        self._memory = self._memory or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=Recorded._memory):
+        # The outer block returns to this stream even if the recording fails.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, pool=self._memory),
+        ):
             results = self.function(*held)
         return graph, held, results
 

@@ -6,7 +6,7 @@
 
 A row is a preset and a size of its images. For a preset with a proxy, a step includes the proxy's
 share; its FLOPs are not counted. The images are noise, so no data set is needed. `--check` trains
-for twelve steps under deterministic algorithms, launched, recorded, and stopped and resumed, and
+for twenty steps under deterministic algorithms, launched, recorded, and stopped and resumed, and
 compares the weights bit by bit.
 """
 
@@ -16,6 +16,7 @@ if __name__ == "__main__":  # above the imports: a missing library or an old Pyt
     run_script("studies.gpu")
 
 import argparse
+import gc
 import itertools
 import statistics
 import time
@@ -35,9 +36,9 @@ from studies.benchmark import machine, matmul_peak
 from studies.contestants import noise, synchronize
 from utils import InputError, duration
 
-SECONDS = 140  # for all rows; what is compiled comes last, and is left out when they are over
+SECONDS = 140  # for all rows; compiled ones come last, and are left out if they may take longer
 ROUNDS, STEPS = 5, 20  # a time is the median of so many rounds of so many steps
-CHECKED_STEPS, RESUMED_AT = 12, 7  # of --check; the steps after WARM_UPS are recorded ones
+CHECKED_STEPS, RESUMED_AT = 20, 7  # of --check; a proxy learns in five, the last two recorded
 
 
 class Trainer:
@@ -83,6 +84,7 @@ def measure(config: Config, epoch: int, peak: float, device: torch.device) -> No
     Args:
         peak: FLOP/s of the largest matrix product.
     """
+    gc.collect()  # the trainer of the row before
     torch.cuda.reset_peak_memory_stats()
     trainer, size = Trainer(config, epoch, device), image_size(config, epoch)
     first = trainer.milliseconds(1) / 1000
@@ -94,7 +96,8 @@ def measure(config: Config, epoch: int, peak: float, device: torch.device) -> No
         times[kind] = trainer.median()
     with torch.profiler.profile() as profile:
         trainer.milliseconds(PROXY_INTERVAL)
-    kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    on_gpu = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [e for e in on_gpu if not e.is_user_annotation]  # as of an optimizer's launched step
     busy = sum(kernel.time_range.elapsed_us() for kernel in kernels) / 1000 / PROXY_INTERVAL
     macs = model_cost(config).macs * (size / 32) ** 2
     flops = 6 * macs * config.keep_fraction * config.batch_size / (times["recorded"] / 1000)
@@ -112,14 +115,15 @@ def measure(config: Config, epoch: int, peak: float, device: torch.device) -> No
 
 def check(config: Config, device: torch.device) -> None:
     """Print whether recorded and resumed steps end with the weights of launched ones."""
-    config = replace(config, deterministic=True, auto_augment=False, epochs=6)
-    config = replace(config, warmup_epochs=0)  # the learning rate falls within these few steps
+    config = replace(config, deterministic=True, auto_augment=False, warmup_epochs=0)
+    data = noise(CHECKED_STEPS * config.batch_size).to(device)
+    batches = list(itertools.islice(train_batches(data, config, 1), CHECKED_STEPS))
+    # The learning rate falls after every other of these few steps.
+    config = replace(config, epochs=CHECKED_STEPS // 2, max_steps_per_epoch=2)
     trained = {}
     for kind in ("launched", "recorded", "resumed"):
         trainer = Trainer(config, 1, device)
         trainer.record(kind != "launched")
-        data = noise(CHECKED_STEPS * config.batch_size).to(device)
-        batches = list(itertools.islice(train_batches(data, config, 1), CHECKED_STEPS))
         if kind == "resumed":
             trainer.steps(batches[:RESUMED_AT])
             states = [part and part.state_dict() for part in (trainer.learner, trainer.proxy)]
@@ -167,9 +171,14 @@ def main(args: list[str]) -> None:
         return
     peak = matmul_peak(torch.bfloat16, device)
     print(f"{machine(device)}\nlargest product in bfloat16: {peak / 1e12:.0f} TFLOP/s")
-    for compiled, config in itertools.product((False, True), configs):
-        for epoch in sorted({1, config.epochs} if config.small_fraction else {1}):
-            if (spent := time.perf_counter() - start) > SECONDS:
-                print(f"{config.name}: left out after {duration(spent)}")
-                continue
-            measure(replace(config, compile=compiled), epoch, peak, device)
+    for compiled in (False, True):
+        slowest = 0.0  # seconds of a row
+        for config in configs:
+            config = replace(config, compile=compiled)
+            for epoch in sorted({1, config.epochs} if config.small_fraction else {1}):
+                began = time.perf_counter()
+                if (spent := began - start) + slowest > SECONDS:
+                    print(f"{config.name}: left out after {duration(spent)}")
+                    continue
+                measure(config, epoch, peak, device)
+                slowest = max(slowest, time.perf_counter() - began)

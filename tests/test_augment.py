@@ -128,11 +128,11 @@ def test_pairs_are_drawn_evenly_and_anew_in_each_epoch():
     assert not torch.equal(augment_script.draw_pairs(100_000, seed=0, epoch=2)[0], pair)
 
 
-@pytest.mark.parametrize("value", [0.0, 0.4, 0.6, 0.999])
-def test_trivial_augment_is_torchvisions_on_each_image(value, monkeypatch):
-    """Every operation, with all that is drawn set to `value`."""
+@pytest.mark.parametrize("level", range(31))
+def test_trivial_augment_is_torchvisions_on_each_image(level, monkeypatch):
+    """Every operation at every level, in one direction or the other."""
     operations = augment_script.TRIVIAL_OPERATIONS
-    n, level = len(operations), int(value * 31)
+    n, value = len(operations), 0.4 if level % 2 else 0.6
     small = 256 * torch.rand(n, 3, 5, 5, generator=generator("smooth"))
     images = torch.nn.functional.interpolate(small, (32, 32), mode="bilinear").to(torch.uint8)
     changed = augment_script.trivial_augment(

@@ -4,6 +4,7 @@ No GPU is needed: `Tape` notes every operation with its tensors and numbers and 
 CUDA graph does; Python is not run again.
 """
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from torch.utils._pytree import tree_leaves
 import learner
 from engine import recorded
 from engine.checkpoint import load_state
+from studies import gpu
 from train import train
+from utils import InputError
 
 
 class Tape(TorchDispatchMode):
@@ -83,6 +86,7 @@ def recording(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: tapes.append(Tape()) or tapes[-1])
     monkeypatch.setattr(torch.cuda, "graph", lambda tape, pool: tape)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     return tapes
 
 
@@ -146,17 +150,89 @@ def test_recorded_steps_learn_the_same_and_resume_both_ways(recipe, recording, m
             assert torch.equal(weight, weights(name)[key]), (name, key)
 
 
-def test_training_goes_on_launched_if_it_cannot_be_recorded(recipe, recording, monkeypatch, capsys):
-    def fail(tape, pool):
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+class FailingTape(Tape):
+    """Fails in the middle of a backward pass, and again at its end, as a CUDA graph does."""
 
-    monkeypatch.setattr(torch.cuda, "graph", fail)
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.convolution_backward.default:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        return super().__torch_dispatch__(function, types, args, kwargs)
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        if error[0]:
+            raise RuntimeError("CUDA error: operation failed due to a previous error")
+
+
+def test_training_goes_on_launched_if_it_cannot_be_recorded(recipe, recording, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FailingTape)
     _, score = train(replace(recipe, name="failing"))
-    assert (
-        "cuda graph: operation not permitted when stream is capturing;" in capsys.readouterr().err
-    )
+    problem = "cuda graph: operation not permitted when stream is capturing; going on"
+    assert problem in capsys.readouterr().err
     monkeypatch.setattr(recorded, "can_record", lambda device: False)
     assert train(replace(recipe, name="launched"))[1] == score
+
+
+def test_a_failed_recording_is_deleted_before_the_function_is_called_again(recording, monkeypatch):
+    """PyTorch then takes its random generator out of the recording."""
+    alive = []
+
+    def function(x):
+        alive.append([tape() is not None for tape in tapes])
+        return (torch.nn.functional.conv2d(x, x.detach()).sum().backward(),)
+
+    def make():
+        tape = FailingTape()
+        tapes.append(weakref.ref(tape))
+        return tape
+
+    tapes, call = [], recorded.Recorded(function)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", make)
+    for _ in range(5):
+        call(torch.ones(1, 1, 2, 2, requires_grad=True))
+    assert alive == [[], [], [], [True], [False], [False]]
+
+
+def test_graphs_share_memory_with_those_of_the_same_function_alone(recording, monkeypatch):
+    handles, used = iter(range(1, 9)), []
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    monkeypatch.setattr(torch.cuda, "graph", lambda tape, pool: used.append(pool) or tape)
+    for _ in range(2):
+        double = recorded.Recorded(lambda x: (2 * x,))
+        for n in (1, 1, 1, 1, 2, 2, 2, 2):
+            assert double(torch.ones(n))[0].tolist() == [2] * n
+    assert used == [1, 1, 2, 2]
+
+
+def test_the_check_for_gpus_compares_recorded_and_resumed_steps(recipe, recording, capsys):
+    gpu.check(recipe, torch.device("cpu"))
+    assert capsys.readouterr().out.splitlines() == [
+        f"tiny, {kind}: the same bits as launched" for kind in ("recorded", "resumed")
+    ]
+    assert all(tape.replays for tape in recording)  # a proxy's, too, whether it learns or not
+
+
+def test_the_check_for_gpus_notices_a_constant_learning_rate(
+    recipe, recording, monkeypatch, capsys
+):
+    set_lr = learner.set_lr
+
+    def in_a_new_tensor(optimizer, lr):
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"].clone()
+        set_lr(optimizer, lr)
+
+    monkeypatch.setattr(learner, "set_lr", in_a_new_tensor)
+    gpu.check(recipe, torch.device("cpu"))
+    assert "recorded: differs" in capsys.readouterr().out
+
+
+def test_the_study_of_gpus_needs_one_and_names_its_presets(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="device: this study needs an NVIDIA GPU"):
+        gpu.main(["--check", "tpsnet"])
+    with pytest.raises(InputError, match="preset: 'huge' is not one of tpsnet, "):
+        gpu.main(["huge"])
 
 
 def test_nothing_is_recorded_on_a_cpu(recipe, monkeypatch):
