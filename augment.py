@@ -1,18 +1,19 @@
-"""Augmentation: AutoAugment, random crop, rotation, flip and Cutout, drawn for each image.
+"""Augmentation: AutoAugment, TrivialAugment, random crop, rotation, flip and Cutout; and mixing.
 
-Every draw is a pure function of (seed, epoch) and the order of the images.
+All but the mixing, which is drawn for a batch, is drawn for each image. Every draw is a pure
+function of (seed, epoch) and the order of the images.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from config import Config
-from utils import IMAGE_SIZE, generator
+from utils import IMAGE_SIZE, derive_seed, generator
 
 # AutoAugment's policy for CIFAR-10: pairs of operations, each with the probability of being applied
 # and a level from 0 to 9, which some operations ignore.
@@ -43,6 +44,33 @@ AUTO_AUGMENT = (
     (("equalize", 0.8, 0), ("invert", 0.1, 0)),
     (("translate_y", 0.7, 9), ("autocontrast", 0.9, 0)),
 )
+AUTO_LEVELS = 10
+FAR = 150 / 331 * IMAGE_SIZE  # pixels: 150 of ImageNet's 331 in the paper
+ENHANCEMENTS = ("brightness", "color", "contrast", "sharpness")
+AUTO_RANGES = {  # the strength of an operation at the highest level; the others have none
+    "shear_y": 0.3,
+    "translate_x": FAR,
+    "translate_y": FAR,
+    "rotate": 30,
+    **dict.fromkeys(ENHANCEMENTS, 0.9),
+    "posterize": 4,
+    "solarize": 1,
+}
+# TrivialAugment's operations, all equally likely, in torchvision's wide ranges.
+TRIVIAL_LEVELS = 31
+TRIVIAL_RANGES = {
+    "shear_x": 0.99,
+    "shear_y": 0.99,
+    "translate_x": 32,
+    "translate_y": 32,
+    "rotate": 135,
+    **dict.fromkeys(ENHANCEMENTS, 0.99),
+    "posterize": 6,
+    "solarize": 1,
+}
+TRIVIAL_OPERATIONS = (*TRIVIAL_RANGES, "autocontrast", "equalize", "identity")
+
+MIXUP_ALPHA, CUTMIX_ALPHA = 0.2, 1.0  # parameters of the beta distribution of the shares
 
 
 def draw(config: Config, indices: Tensor, epoch: int) -> tuple[Tensor, ...]:
@@ -75,6 +103,7 @@ def apply(
 ) -> Tensor:
     """Augment (N, 3, 32, 32) uint8 images as drawn and normalize them."""
     shift, angle, flip, corner = draws
+    angle = angle if config.rotation_degrees else None
     images = normalize(augment(images, shift, angle, flip, config.padding_mode) / 255)
     return cut_out(images, corner, config.cutout_size) if config.cutout_size else images
 
@@ -91,7 +120,11 @@ def shrink(config: Config, images: Tensor, size: int) -> Tensor:
 
 
 def augment(
-    images: Tensor, shift: Tensor, angle: Tensor, flip: Tensor, padding_mode: str = "zeros"
+    images: Tensor,
+    shift: Tensor,
+    angle: Tensor | None,
+    flip: Tensor,
+    padding_mode: str = "zeros",
 ) -> Tensor:
     """Crop, then rotate, then flip, each image its own way: one gather for the whole batch.
 
@@ -101,7 +134,7 @@ def augment(
     Args:
         images: (N, C, S, S) uint8.
         shift: (N, 2) pixels: the crop's first row and column, counted from the image's.
-        angle: (N,) degrees, counter-clockwise.
+        angle: (N,) degrees, counter-clockwise; None for no rotation, which takes less memory.
         flip: (N,) bool.
         padding_mode: fills a crop outside the image with `zeros`, or the mirror image (`reflect`).
     """
@@ -110,10 +143,11 @@ def augment(
     offset = torch.arange(size, device=images.device) - center  # pixels from the center
     y = offset[None, :, None]  # (1, S, 1)
     x = offset[None, None, :] * torch.where(flip, -1.0, 1.0)[:, None, None]  # (N, 1, S)
-    radians = angle.deg2rad()[:, None, None]
-    sin, cos = radians.sin(), radians.cos()
-    row = (y * cos + x * sin + center).round().long()  # (N, S, S), in the cropped image
-    column = (x * cos - y * sin + center).round().long()
+    if angle is not None:
+        radians = angle.deg2rad()[:, None, None]
+        sin, cos = radians.sin(), radians.cos()
+        y, x = y * cos + x * sin, x * cos - y * sin  # (N, S, S)
+    row, column = ((place + center).round().long() for place in (y, x))  # in the cropped image
     inside = (row >= 0) & (row < size) & (column >= 0) & (column < size)
     row, column = row + shift[:, 0, None, None], column + shift[:, 1, None, None]
     if padding_mode == "reflect":
@@ -121,7 +155,7 @@ def augment(
         row = (last - (last - row.abs()).abs()).clamp_(0)
         column = (last - (last - column.abs()).abs()).clamp_(0)
     else:
-        inside &= (row >= 0) & (row < size) & (column >= 0) & (column < size)
+        inside = inside & (row >= 0) & (row < size) & (column >= 0) & (column < size)
 
     source = (row * size + column) * inside  # pixel 0 stands in for those outside
     source = source.view(n, 1, -1).expand(-1, channels, -1)
@@ -143,11 +177,20 @@ def cut_out(images: Tensor, corner: Tensor, size: int) -> Tensor:
     return images.masked_fill(square[:, None], 0)
 
 
+def apply_policy(config: Config, images: Tensor, epoch: int) -> Tensor:
+    """Apply AutoAugment or TrivialAugment to all (N, 3, S, S) uint8 images, if either is on."""
+    if config.auto_augment:
+        return auto_augment(images, *draw_pairs(len(images), config.seed, epoch))
+    if config.trivial_augment:
+        return trivial_augment(images, *draw_trivial(len(images), config.seed, epoch))
+    return images
+
+
 def auto_augment(images: Tensor, pair: Tensor, chance: Tensor, side: Tensor) -> Tensor:
     """Apply one of 25 pairs of operations to each image: AutoAugment (Cubuk, arXiv:1805.09501).
 
     torchvision's transform draws once for all images of a call. Here each image has its own draw,
-    and the images of equal draws are changed together: 100 calls for any number of images.
+    and the images of equal draws are changed together: 58 calls for any number of images.
 
     Args:
         images: (N, 3, S, S) uint8.
@@ -155,13 +198,64 @@ def auto_augment(images: Tensor, pair: Tensor, chance: Tensor, side: Tensor) -> 
         chance: (N, 2) from 0 to 1: an operation is skipped if its probability is smaller.
         side: (N, 2) from 0 to 1: up to 0.5 the direction of an operation is reversed.
     """
-    operations, images = auto_operations(), images.clone()
-    for i, j, sign in itertools.product(range(len(AUTO_AUGMENT)), range(2), (-1, 1)):
-        name, probability, level = AUTO_AUGMENT[i][j]
-        chosen = (pair == i) & (chance[:, j] <= probability) & ((side[:, j] <= 0.5) == (sign < 0))
-        chosen = chosen.nonzero().flatten().to(images.device)
-        if len(chosen):
-            images[chosen] = operations[name](images[chosen], level, sign)
+    for j in range(2):
+        names, probabilities, levels = zip(*(both[j] for both in AUTO_AUGMENT), strict=True)
+        calls = [
+            (name, strength(name, level, sign, AUTO_RANGES, AUTO_LEVELS))
+            for name, level in zip(names, levels, strict=True)
+            for sign in (-1, 1)
+        ]
+        applied = chance[:, j] <= torch.tensor(probabilities)[pair]
+        which = 2 * pair + (side[:, j] > 0.5)
+        images = call_together(images, calls, which.where(applied, len(calls)))
+    return images
+
+
+def trivial_augment(images: Tensor, operation: Tensor, level: Tensor, side: Tensor) -> Tensor:
+    """Apply one operation of one strength to each image: TrivialAugment (arXiv:2103.10158).
+
+    Args:
+        images: (N, 3, S, S) uint8.
+        operation: (N,) indices into TRIVIAL_OPERATIONS, on the CPU.
+        level: (N,) from 0 to TRIVIAL_LEVELS - 1.
+        side: (N,) from 0 to 1: up to 0.5 the direction of the operation is reversed.
+    """
+    calls = [
+        (name, strength(name, i, sign, TRIVIAL_RANGES, TRIVIAL_LEVELS))
+        for name in TRIVIAL_OPERATIONS
+        for i in range(TRIVIAL_LEVELS)
+        for sign in (-1, 1)
+    ]
+    return call_together(images, calls, 2 * (TRIVIAL_LEVELS * operation + level) + (side > 0.5))
+
+
+def strength(name: str, level: int, sign: int, ranges: dict[str, float], levels: int) -> float:
+    """The argument of an operation at one of several levels; 0 if it takes none."""
+    if name not in ranges:
+        return 0.0
+    # In float32, as in torchvision.
+    if name == "solarize":  # the threshold falls
+        return torch.linspace(ranges[name], 0, levels)[level].item()
+    at = torch.linspace(0, ranges[name], levels)[level].item()
+    return 8 - round(at) if name == "posterize" else sign * at  # posterize keeps so many bits
+
+
+def call_together(images: Tensor, calls: list[tuple[str, float]], which: Tensor) -> Tensor:
+    """Change each image by one call of an operation, all images of equal calls together.
+
+    Args:
+        images: (N, 3, S, S) uint8.
+        calls: operations and their strengths.
+        which: (N,) indices into `calls`, or their number to leave an image as it is; on the CPU.
+    """
+    operations, images = operations_by_name(), images.clone()
+    different = list(dict.fromkeys(calls))
+    code = torch.tensor([*map(different.index, calls), len(different)])[which]
+    sizes = code.bincount(minlength=len(different) + 1).tolist()
+    chosen = code.argsort(stable=True).to(images.device).split(sizes)
+    for (name, value), some in zip(different, chosen[:-1], strict=True):
+        if len(some):
+            images[some] = operations[name](images[some], value)
     return images
 
 
@@ -173,31 +267,73 @@ def draw_pairs(num_images: int, seed: int, epoch: int) -> tuple[Tensor, Tensor, 
     return pair, chance, side
 
 
-def auto_operations() -> dict[str, Callable[[Tensor, int, int], Tensor]]:
-    """AutoAugment's operations, called with (N, 3, S, S) images, a level of 0 to 9 and a sign."""
+def draw_trivial(num_images: int, seed: int, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw the arguments `operation`, `level` and `side` of `trivial_augment` for an epoch."""
+    rng = generator("trivial_augment", seed, epoch)
+    operation = torch.randint(len(TRIVIAL_OPERATIONS), (num_images,), generator=rng)
+    level = torch.randint(TRIVIAL_LEVELS, (num_images,), generator=rng)
+    return operation, level, torch.rand(num_images, generator=rng)
+
+
+def operations_by_name() -> dict[str, Callable[[Tensor, float], Tensor]]:
+    """The operations of both policies, called with (N, 3, S, S) images and a strength."""
     from torchvision.transforms.v2 import functional as v2
 
-    far = 150 / 331 * IMAGE_SIZE  # pixels: 150 of ImageNet's 331 in the paper
-
-    def affine(x: Tensor, right: float = 0, down: float = 0, shear: float = 0) -> Tensor:
-        degrees = [0, math.degrees(math.atan(shear))]
+    def affine(
+        x: Tensor, right: float = 0, down: float = 0, shear_x: float = 0, shear_y: float = 0
+    ) -> Tensor:
+        degrees = [math.degrees(math.atan(shear)) for shear in (shear_x, shear_y)]
         return v2.affine(x, 0, [int(right), int(down)], 1, degrees, center=[0, 0])
 
-    def at(level: int, most: float) -> float:
-        return torch.linspace(0, most, 10)[level].item()  # in float32, as in torchvision
-
     return {
-        "shear_y": lambda x, level, sign: affine(x, shear=sign * at(level, 0.3)),
-        "translate_x": lambda x, level, sign: affine(x, right=sign * at(level, far)),
-        "translate_y": lambda x, level, sign: affine(x, down=sign * at(level, far)),
-        "rotate": lambda x, level, sign: v2.rotate(x, sign * at(level, 30)),
-        "brightness": lambda x, level, sign: v2.adjust_brightness(x, 1 + sign * at(level, 0.9)),
-        "color": lambda x, level, sign: v2.adjust_saturation(x, 1 + sign * at(level, 0.9)),
-        "contrast": lambda x, level, sign: v2.adjust_contrast(x, 1 + sign * at(level, 0.9)),
-        "sharpness": lambda x, level, sign: v2.adjust_sharpness(x, 1 + sign * at(level, 0.9)),
-        "posterize": lambda x, level, _: v2.posterize(x, 8 - round(at(level, 4))),
-        "solarize": lambda x, level, _: v2.solarize(x, 255 * (1 - at(level, 1))),
-        "autocontrast": lambda x, *_: v2.autocontrast(x),
-        "equalize": lambda x, *_: v2.equalize(x),
-        "invert": lambda x, *_: v2.invert(x),
+        "shear_x": lambda x, value: affine(x, shear_x=value),
+        "shear_y": lambda x, value: affine(x, shear_y=value),
+        "translate_x": lambda x, value: affine(x, right=value),
+        "translate_y": lambda x, value: affine(x, down=value),
+        "rotate": v2.rotate,
+        "brightness": lambda x, value: v2.adjust_brightness(x, 1 + value),
+        "color": lambda x, value: v2.adjust_saturation(x, 1 + value),
+        "contrast": lambda x, value: v2.adjust_contrast(x, 1 + value),
+        "sharpness": lambda x, value: v2.adjust_sharpness(x, 1 + value),
+        "posterize": v2.posterize,
+        "solarize": lambda x, value: v2.solarize(x, 255 * value),
+        "autocontrast": lambda x, _: v2.autocontrast(x),
+        "equalize": lambda x, _: v2.equalize(x),
+        "invert": lambda x, _: v2.invert(x),
+        "identity": lambda x, _: x,
     }
+
+
+# ---------------------------------------------------------------- mixing
+
+
+def mix(
+    config: Config, images: Tensor, targets: Tensor, epoch: int, step: int
+) -> tuple[Tensor, Tensor]:
+    """Mix each image of a batch with the one before it, and their targets alike, in some batches.
+
+    Half of these by mixup, a weighted mean (Zhang et al., arXiv:1710.09412), and half by CutMix, a
+    rectangle of the other image (Yun et al., arXiv:1905.04899). There is one draw for a batch, a
+    pure function of (seed, epoch, step). Under torchrun each process mixes its own images.
+
+    Args:
+        images: (N, 3, S, S) normalized.
+        targets: (N, num_classes).
+    """
+    rng = np.random.default_rng(derive_seed("mixing", config.seed, epoch, step))
+    if rng.random() >= config.mixing:
+        return images, targets
+    others, size = images.roll(1, 0), images.shape[-1]
+    if rng.random() < 0.5:
+        share = rng.beta(MIXUP_ALPHA, MIXUP_ALPHA)  # of the other image
+        images = images.lerp(others, share)
+    else:
+        half = size * rng.beta(CUTMIX_ALPHA, CUTMIX_ALPHA) ** 0.5 / 2  # of the rectangle's side
+        # Its center is any pixel, and what reaches over the edge is cut off, as theirs is.
+        (top, bottom), (left, right) = (
+            (max(0, int(at - half)), min(size, int(at + half))) for at in rng.integers(size, size=2)
+        )
+        images = images.clone()
+        images[..., top:bottom, left:right] = others[..., top:bottom, left:right]
+        share = (bottom - top) * (right - left) / size**2
+    return images, targets.lerp(targets.roll(1, 0), share)

@@ -151,7 +151,10 @@ def train_batches(
         chosen = order[start + rank() : stop : num_processes()]
         images = views(chosen)
         targets = answers(images, chosen) if answers else labels[chosen]
-        yield augment.shrink(config, images, image_size(config, epoch)), targets, stop - start
+        images = augment.shrink(config, images, image_size(config, epoch))
+        if config.mixing:
+            images, targets = augment.mix(config, images, targets, epoch, step)
+        yield images, targets, stop - start
 
 
 def epoch_order(config: Config, num_images: int, epoch: int) -> Tensor:
@@ -166,9 +169,7 @@ def augmented(data: Dataset, config: Config, epoch: int) -> Callable[[Tensor], T
         A function from the indices of images, (N,), to their views, (N, 3, 32, 32), normalized.
     """
     num_images, device = len(data.train), data.train.labels.device
-    images = data.train.images
-    if config.auto_augment:  # the whole epoch at once: 100 calls for any number of images
-        images = augment.auto_augment(images, *augment.draw_pairs(num_images, config.seed, epoch))
+    images = augment.apply_policy(config, data.train.images, epoch)  # the whole epoch at once
     order = epoch_order(config, num_images, epoch)
     place = order.argsort()  # of each image in the epoch
     # The draws of an epoch go to the device at once, so that no step waits for a transfer.

@@ -1,6 +1,7 @@
 """One training step: a network with its optimizers, learning rate and average; and the proxy."""
 
 import contextlib
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,7 @@ from config import Config, steps_per_epoch
 from data import Batch, Dataset
 from engine import distributed
 from engine.layers import FasterLayers
+from engine.recorded import Recorded
 from model import ResNet
 from utils import InputError, derive_seed, first_line
 
@@ -43,6 +45,7 @@ class Learner:
         self.faster_layers = FasterLayers() if faster else contextlib.nullcontext()
         self.optimizers = make_optimizers(self.model, config, dtype)
         self.rates = (config.lr, config.adam_lr)[: len(self.optimizers)]
+        self.recorded = Recorded(self._learn)
 
     @property
     def lr(self) -> float:
@@ -59,33 +62,43 @@ class Learner:
             The summed cross entropy, and how many predictions are the most probable class of their
             target, (2,), left on the device.
         """
-        logits = self.forward(images)
-        loss = F.cross_entropy(logits, targets, reduction="sum")
-        self.update(loss / n)  # its gradients are summed over the processes
-        return torch.stack([loss.detach(), (logits.argmax(1) == targets.argmax(1)).sum()])
+        self.begin_step()
+        (totals,) = self.recorded(images, targets, n)
+        if self.ema:
+            self.ema.update_parameters(self.model)
+        self.steps += 1
+        return totals
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, S, S) normalized images to (N, num_classes) float32 logits, in training mode."""
+    def begin_step(self) -> None:
+        """Seed the dropout and set the learning rates, by the number of steps so far."""
         epoch, step = divmod(self.steps, self.steps_per_epoch)
         # Reseeded in every step, so that dropout, like the batches, needs no saved state.
         key = (self.config.seed, epoch + 1, step, distributed.rank())
         torch.manual_seed(derive_seed("dropout", *key))
+        factor = lr_factor(self.config, self.steps, self.steps_per_epoch)
+        for optimizer, lr in zip(self.optimizers, self.rates, strict=True):
+            set_lr(optimizer, lr * factor)
+
+    def _learn(self, images: Tensor, targets: Tensor, n: int) -> tuple[Tensor]:
+        logits = self.forward(images)
+        loss = F.cross_entropy(logits, targets, reduction="sum")
+        self.update(loss / n)  # its gradients are summed over the processes
+        return (torch.stack([loss.detach(), (logits.argmax(1) == targets.argmax(1)).sum()]),)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 3, S, S) normalized images to (N, num_classes) float32 logits, in training mode."""
         with self.autocast, self.faster_layers:
             return self.model(images).float()
 
     def update(self, loss: Tensor) -> None:
-        """Step against the gradient of `loss`, summed over all processes; update the average."""
-        loss.backward()
-        distributed.sum_gradients(self.model)
-        factor = lr_factor(self.config, self.steps, self.steps_per_epoch)
-        for optimizer, lr in zip(self.optimizers, self.rates, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * factor
-            optimizer.step()
-        self.model.zero_grad()  # here, before memory peaks at the end of the next forward pass
-        if self.ema:
-            self.ema.update_parameters(self.model)
-        self.steps += 1
+        """Step against the gradient of `loss`, summed over all processes."""
+        try:
+            loss.backward()
+            distributed.sum_gradients(self.model)
+            for optimizer in self.optimizers:
+                optimizer.step()
+        finally:  # if it cannot be recorded, too: such gradients are no numbers
+            self.model.zero_grad()  # here, before memory peaks at the end of the next forward pass
 
     def synchronize(self) -> None:
         """Copy the network of the main process to all: BN statistics differ between them."""
@@ -106,7 +119,9 @@ class Learner:
         """Restore the state returned by `state_dict`."""
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+            # The constants are those of this run and device, where a learning rate may be a tensor.
+            constants = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict(saved | {"param_groups": constants})
             for weight, kept in optimizer.state.items():
                 for name, value in kept.items():
                     if isinstance(value, Tensor) and value.shape == weight.shape:
@@ -131,6 +146,7 @@ class Proxy:
         self.criterion = nn.CrossEntropyLoss(
             reduction="none", label_smoothing=config.label_smoothing
         )
+        self.recorded = Recorded(self._pick)
         self.state_dict = self.learner.state_dict
         self.load_state_dict = self.learner.load_state_dict
 
@@ -142,19 +158,22 @@ class Proxy:
         Args:
             first_step: number of the first batch in its epoch, from 0.
         """
+        processes = distributed.num_processes()
         for step, (images, targets, n) in enumerate(batches, start=first_step):
-            learns = step % PROXY_INTERVAL == 0
-            with torch.set_grad_enabled(learns):
-                losses = self.criterion(self.learner.forward(images), targets.argmax(1))
-                losses, chosen = losses.topk(self.kept(len(targets)))
-            processes = distributed.num_processes()
             shares = (len(range(rank, n, processes)) for rank in range(processes))
             n = sum(map(self.kept, shares))
-            if learns:
-                self.learner.update(losses.sum() / n)
-            else:
-                self.learner.steps += 1
-            yield images[chosen], targets[chosen], n
+            self.learner.begin_step()
+            hardest = self.recorded(images, targets, n, step % PROXY_INTERVAL == 0)
+            self.learner.steps += 1
+            yield *hardest, n
+
+    def _pick(self, images: Tensor, targets: Tensor, n: int, learns: bool) -> tuple[Tensor, Tensor]:
+        with torch.set_grad_enabled(learns):
+            losses = self.criterion(self.learner.forward(images), targets.argmax(1))
+            losses, chosen = losses.topk(self.kept(len(targets)))
+        if learns:
+            self.learner.update(losses.sum() / n)
+        return images[chosen], targets[chosen]
 
     def kept(self, num_images: int) -> int:
         """How many of `num_images` are kept, at least one."""
@@ -173,12 +192,11 @@ def make_model(config: Config, data: Dataset, device: torch.device) -> ResNet:
         model.set_whitening(data.normalize(data.train.images[:5000] / 255))
     if config.compile:
         check_compiler(device)
-        # CUDA graphs save the time of launching kernels on a GPU. Code is compiled for every shape,
-        # which is faster than code for all. A network and its proxy share `forward` and need more
-        # than the default limit of 8: with and without gradients, whole and last batches.
+        # Block by block, since identical blocks are compiled once. Code for every shape, which is
+        # faster than code for all, is more than the default limit of 8 pieces.
         torch._dynamo.config.recompile_limit = 64
-        mode = "reduce-overhead" if device.type == "cuda" else "default"
-        model.compile(mode=mode, dynamic=False)
+        for block in itertools.chain.from_iterable(model.stages):
+            block.compile(dynamic=False)
     return model
 
 
@@ -218,21 +236,35 @@ def make_optimizers(
     Nesterov's momentum and weight decay apply to SGD alone. Muon multiplies matrices in `dtype`.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
+    on_gpu, lr, adam_lr = parameters[0].is_cuda, config.lr, config.adam_lr
+    if on_gpu:  # tensors, which a CUDA graph reads anew in every step
+        lr, adam_lr = (torch.tensor(rate, device=parameters[0].device) for rate in (lr, adam_lr))
     if config.optimizer == "sgd":
+        decayed = [p for p in parameters if config.decay_norms or p.ndim > 1]
+        others = [p for p in parameters if not (config.decay_norms or p.ndim > 1)]
+        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others}]
         return [
             torch.optim.SGD(
-                parameters,
-                config.lr,
+                [group for group in groups if group["params"]],
+                lr,
                 config.momentum,
-                weight_decay=config.weight_decay,
                 nesterov=config.nesterov,
                 fused=True,
             )
         ]
     filters = [p for p in parameters if p.ndim == 4]
     others = [p for p in parameters if p.ndim < 4]  # of batch normalization and the linear layer
-    adam = torch.optim.Adam(others, config.adam_lr, ADAM_BETAS, fused=True)
-    return [Muon(filters, config.lr, config.momentum, dtype), adam]
+    adam = torch.optim.Adam(others, adam_lr, ADAM_BETAS, fused=True, capturable=on_gpu)
+    return [Muon(filters, lr, config.momentum, dtype), adam]
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of the next step, in place if it is a tensor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def lr_factor(config: Config, step: int, steps_per_epoch: int) -> float:
@@ -305,7 +337,7 @@ class Muon(torch.optim.Optimizer):
                 matrices = torch.stack(updates).flatten(2).to(self.dtype)
                 for weight, update in zip(weights, orthogonalize(matrices), strict=True):
                     weight.mul_(len(weight) ** 0.5 / weight.norm())
-                    weight.add_(update.view_as(weight), alpha=-group["lr"])
+                    weight.sub_(update.view_as(weight).float() * group["lr"])
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import warnings
+from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from model import Architecture, ResNet
 from utils import (
@@ -255,8 +257,9 @@ def read_state(path: Path) -> dict[str, object]:
 
 def all_finite(state: object) -> bool:
     """True if every tensor in nested dictionaries and lists is finite."""
-    if isinstance(state, Tensor):
-        return bool(state.isfinite().all())
-    if isinstance(state, dict):
-        state = list(state.values())
-    return not isinstance(state, list | tuple) or all(map(all_finite, state))
+    # One question to each device, since a GPU makes the program wait for every answer.
+    by_device = defaultdict(list)
+    for leaf in tree_leaves(state):
+        if isinstance(leaf, Tensor):
+            by_device[leaf.device].append(leaf.isfinite().all())
+    return all(torch.stack(answers).all() for answers in by_device.values())

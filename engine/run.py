@@ -52,7 +52,7 @@ RUN_FILES = (
     *("last.pt", PREVIOUS, "config.json", "log.csv", "model.safetensors", "curves.png"),
     *("model_confusion.png", "model_calibration.png", "model_mistakes.png"),  # by test.py
 )
-EPOCH_SECONDS = 10  # no save at the end of an epoch within so many seconds after another save
+EPOCH_SECONDS = 10  # nothing is written at the end of an epoch so soon after another save
 LOG_INTERVAL = 20  # steps between reads of the running loss, each of which waits for the device
 
 
@@ -299,12 +299,9 @@ class Run:
         if due or number:
             self._save()
             self._write_model()
+            self._write_log()
         if is_main():
             self.wandb.log(row)
-            try:
-                write_csv(self.folder / "log.csv", self.log)
-            except InputError as error:  # on Windows, if a spreadsheet has it open
-                warn(str(error))
             self.progress.print_epoch(row)
         self._end_if_asked(number)
         if self.report:
@@ -313,9 +310,9 @@ class Run:
     def finish(self, test: Score | None, temperature: float | None) -> None:
         """Write the network with its test result, the log and the curves; print the result."""
         self._write_model(test, temperature)
+        self._write_log()
         if not is_main():
             return
-        write_csv(self.folder / "log.csv", self.log)
         curves = self.folder / "curves.png"
         plots.learning_curves(self.log, curves, self.folder.name)
         if test:
@@ -360,6 +357,13 @@ class Run:
         for log in () if logs.is_symlink() else logs.glob("*run-*"):
             if not log.name.endswith(f"-{self.wandb.id}"):
                 shutil.rmtree(log, ignore_errors=True)
+
+    def _write_log(self) -> None:
+        if is_main():
+            try:
+                write_csv(self.folder / "log.csv", self.log)
+            except InputError as error:  # on Windows, if a spreadsheet has it open
+                warn(str(error))
 
     def _write_model(self, test: Score | None = None, temperature: float | None = None) -> None:
         """Write model.safetensors; the test result and the temperature are None until the end."""

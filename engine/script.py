@@ -27,8 +27,8 @@ OLDEST_PYTHON = (3, 11)
 OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED", "bad_alloc")
 
 
-def run_script(name: str) -> None:
-    """Import the module `name`, call its `main(arguments)`, and exit.
+def run_script(script: str | Callable[[list[str]], None]) -> None:
+    """Call `main(arguments)` of the module `script`, or that function itself, and exit.
 
     Exit status 2 for bad input, a missing library or an old Python; 1 for a training that diverged
     or a search that failed; 128 plus the number of the signal for a stop (130 for Ctrl-C).
@@ -47,7 +47,7 @@ def run_script(name: str) -> None:
     if handler == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        main = importlib.import_module(name).main
+        main = script if callable(script) else importlib.import_module(script).main
         utils = importlib.import_module("utils")
         torch = importlib.import_module("torch")
     except ModuleNotFoundError as error:

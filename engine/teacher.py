@@ -25,7 +25,7 @@ from learner import memory_format
 from utils import InputError, atomic_path, part_of, warn, write_json
 
 # The constants that do not change the views; all others of `Data` are part of the answers' name.
-NOT_OF_VIEWS = {"small_fraction", "small_size", "small_images"}
+NOT_OF_VIEWS = {"small_fraction", "small_size", "small_images", "mixing"}
 
 
 class Teacher:
@@ -116,6 +116,8 @@ class Teacher:
         """All that the answers depend on, but the number of the view."""
         constants = asdict(part_of(self.config, Data))
         views = {name: value for name, value in constants.items() if name not in NOT_OF_VIEWS}
+        if not self.config.trivial_augment:  # a constant that is newer than many kept answers
+            del views["trivial_augment"]
         views["seed"] = self.config.seed
         return {"teacher": self.sha256, "data": self.data.fingerprint, "views": views}
 

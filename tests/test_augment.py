@@ -126,3 +126,75 @@ def test_pairs_are_drawn_evenly_and_anew_in_each_epoch():
         assert (values.mean(dim=0) - 0.5).abs().max() < 0.01
         assert torch.cov(values.T)[0, 1].abs() < 0.002
     assert not torch.equal(augment_script.draw_pairs(100_000, seed=0, epoch=2)[0], pair)
+
+
+@pytest.mark.parametrize("level", range(31))
+def test_trivial_augment_is_torchvisions_on_each_image(level, monkeypatch):
+    """Every operation at every level, in one direction or the other."""
+    operations = augment_script.TRIVIAL_OPERATIONS
+    n, value = len(operations), 0.4 if level % 2 else 0.6
+    small = 256 * torch.rand(n, 3, 5, 5, generator=generator("smooth"))
+    images = torch.nn.functional.interpolate(small, (32, 32), mode="bilinear").to(torch.uint8)
+    changed = augment_script.trivial_augment(
+        images, torch.arange(n), torch.full((n,), level), torch.full((n,), value)
+    )
+    transform = v2.TrivialAugmentWide()
+    names = {name.lower(): name for name in transform._AUGMENTATION_SPACE}
+    assert set(names) == {name.replace("_", "") for name in operations}
+    monkeypatch.setattr(torch, "rand", lambda *size: torch.tensor(value))
+    monkeypatch.setattr(torch, "randint", lambda *args: torch.tensor(level))
+    for i, name in enumerate(operations):
+        chosen = names[name.replace("_", "")]
+        choice = (chosen, transform._AUGMENTATION_SPACE[chosen])
+        monkeypatch.setattr(transform, "_get_random_item", lambda space, choice=choice: choice)
+        assert torch.equal(changed[i], transform(images[i])), name
+
+
+def test_trivial_augment_is_drawn_evenly_and_anew_in_each_epoch():
+    operation, level, side = augment_script.draw_trivial(140_000, seed=0, epoch=1)
+    assert (operation.bincount(minlength=14) - 10_000).abs().max() < 500
+    assert (level.bincount(minlength=31) - 140_000 / 31).abs().max() < 350
+    assert abs(side.mean() - 0.5) < 0.01
+    assert not torch.equal(augment_script.draw_trivial(140_000, seed=0, epoch=2)[0], operation)
+
+
+# ---------------------------------------------------------------- mixing
+
+
+def test_mixing_is_a_weighted_mean_or_a_rectangle_of_the_image_before(images):
+    """Of images and targets alike, and by each of the two in half of the mixed batches."""
+    images, size = images.float(), 32
+    targets = torch.eye(64)
+    others, kinds, shares = images.roll(1, 0), {"none": 0, "mixup": 0, "cutmix": 0}, []
+    for step in range(400):
+        mixed, soft = augment_script.mix(Config(mixing=0.8), images, targets, 3, step)
+        share = soft[0, 63].item()  # of the image before the first one, the last
+        assert torch.allclose(soft, targets.lerp(targets.roll(1, 0), share), atol=1e-6)
+        of_other = (mixed == others) & (images != others)
+        inside = of_other.any(dim=(0, 1))
+        if torch.equal(mixed, images):
+            kinds["none"] += 1
+            assert share == 0
+        elif torch.allclose(mixed, images.lerp(others, share), atol=1e-3):
+            kinds["mixup"] += 1
+        else:
+            kinds["cutmix"] += 1
+            rows, columns = (inside.any(dim=d).nonzero().flatten() for d in (1, 0))
+            assert inside.sum() == len(rows) * len(columns)  # a rectangle
+            assert torch.equal(mixed, torch.where(inside, others, images))
+            assert share == pytest.approx(inside.sum().item() / size**2)
+            shares.append(share)
+    assert 40 < kinds["none"] < 120
+    assert abs(kinds["mixup"] - kinds["cutmix"]) < 80
+    assert min(shares) < 0.1 < 0.6 < max(shares)
+
+
+def test_mixing_is_a_pure_function_of_seed_epoch_and_step(images):
+    images, targets = images.float(), torch.eye(64)
+
+    def mixed(seed, epoch, step):
+        return augment_script.mix(Config(mixing=1.0, seed=seed), images, targets, epoch, step)[1]
+
+    first = mixed(0, 1, 0)
+    assert torch.equal(mixed(0, 1, 0), first)
+    assert not any(torch.equal(mixed(*key), first) for key in ((1, 1, 0), (0, 2, 0), (0, 1, 1)))

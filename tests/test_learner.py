@@ -79,10 +79,11 @@ def test_schedules():
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_a_step_is_sgd_on_the_mean_cross_entropy(digits, nesterov):
+@pytest.mark.parametrize("decay_norms", [False, True])
+def test_a_step_is_sgd_on_the_mean_cross_entropy(digits, nesterov, decay_norms):
     """Three steps, the last over fewer images, against the plainest possible loop."""
     config = replace(EXACT, lr=0.02, momentum=0.8, weight_decay=0.01, label_smoothing=0.1)
-    config = replace(config, batch_size=64, nesterov=nesterov, epochs=1)
+    config = replace(config, batch_size=64, nesterov=nesterov, decay_norms=decay_norms, epochs=1)
     few = replace(digits, train=digits.train[:150])
     learner = Learner(config, few, CPU)
     expected = copy.deepcopy(learner.model)
@@ -94,7 +95,7 @@ def test_a_step_is_sgd_on_the_mean_cross_entropy(digits, nesterov):
         gradients = torch.autograd.grad(loss, list(expected.parameters()))
         with torch.no_grad():
             for p, v, g in zip(expected.parameters(), velocity, gradients, strict=True):
-                g = g + config.weight_decay * p
+                g = g + config.weight_decay * p * (decay_norms or p.ndim > 1)
                 v.mul_(config.momentum).add_(g)
                 p.sub_(config.lr * (g + config.momentum * v if nesterov else v))
         right = (logits.argmax(1) == labels).sum().item()
@@ -131,9 +132,11 @@ def test_dropout_is_drawn_anew_in_each_step_and_by_the_seed_alone(digits):
         learner = Learner(replace(config, seed=seed), digits, CPU)
         learner.model.load_state_dict(weights)
         torch.manual_seed(99)
-        first = learner.forward(images)
-        learner.steps = 1
-        return first.detach(), learner.forward(images).detach()
+        found = []
+        for learner.steps in (0, 1):
+            learner.begin_step()
+            found.append(learner.forward(images).detach())
+        return found
 
     weights = Learner(config, digits, CPU).model.state_dict()
     (first, second), again, (other, _) = outputs(0), outputs(0), outputs(1)

@@ -119,6 +119,15 @@ def test_answers_are_computed_once_and_shared():
     assert len(answer_files()) == 3
 
 
+def test_answers_that_are_older_than_trivial_augment_are_found(digits):
+    plain, other = (
+        Teacher(replace(VIEWED, teacher_views=1, trivial_augment=on), digits, CPU)
+        for on in (False, True)
+    )
+    assert "trivial_augment" not in plain.described["views"]
+    assert other.folder != plain.folder
+
+
 def test_damaged_answers_are_computed_again(capsys):
     config = replace(VIEWED, teacher_views=1)
     train(config)
