@@ -513,7 +513,7 @@ def test_log_that_cannot_be_written_costs_a_warning(tiny, capsys):
         elif len(rows) == 2:
             (FOLDER / "log.csv").rmdir()
 
-    rows, _ = train(tiny, report=block)
+    rows, _ = train(replace(tiny, save_minutes=0.0), report=block)
     errors = capsys.readouterr().err
     assert errors.startswith("warning: ") and "log.csv" in errors
     assert errors.count("\n") == 1
