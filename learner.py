@@ -337,7 +337,10 @@ class Muon(torch.optim.Optimizer):
                 matrices = torch.stack(updates).flatten(2).to(self.dtype)
                 for weight, update in zip(weights, orthogonalize(matrices), strict=True):
                     weight.mul_(len(weight) ** 0.5 / weight.norm())
-                    weight.sub_(update.view_as(weight).float() * group["lr"])
+                    if isinstance(lr := group["lr"], Tensor):
+                        weight.sub_(update.view_as(weight).float() * lr)
+                    else:  # rounds once
+                        weight.add_(update.view_as(weight), alpha=-lr)
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
