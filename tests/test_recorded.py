@@ -107,7 +107,7 @@ RECIPES = {
 }
 
 
-@pytest.fixture(params=RECIPES)
+@pytest.fixture(params=["sgd", pytest.param("average", marks=pytest.mark.slow), "muon"])
 def recipe(tiny, request):
     network = {"num_blocks": (1,), "pool_kernel": 32, "c1": 4}
     size = {"batch_size": 50, "epochs": 6, "max_steps_per_epoch": 0, "train_size": 220, "lr": 0.05}
@@ -164,6 +164,7 @@ class FailingTape(Tape):
             raise RuntimeError("CUDA error: operation failed due to a previous error")
 
 
+@pytest.mark.parametrize("recipe", ["muon"], indirect=True)
 def test_training_goes_on_launched_if_it_cannot_be_recorded(recipe, recording, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FailingTape)
     _, score = train(replace(recipe, name="failing"))
@@ -204,6 +205,7 @@ def test_graphs_share_memory_with_those_of_the_same_function_alone(recording, mo
     assert used == [1, 1, 2, 2]
 
 
+@pytest.mark.parametrize("recipe", ["muon"], indirect=True)
 def test_the_check_for_gpus_compares_recorded_and_resumed_steps(recipe, recording, capsys):
     gpu.check(recipe, torch.device("cpu"))
     assert capsys.readouterr().out.splitlines() == [
@@ -212,6 +214,7 @@ def test_the_check_for_gpus_compares_recorded_and_resumed_steps(recipe, recordin
     assert all(tape.replays for tape in recording)  # a proxy's, too, whether it learns or not
 
 
+@pytest.mark.parametrize("recipe", ["muon"], indirect=True)
 def test_the_check_for_gpus_notices_a_constant_learning_rate(
     recipe, recording, monkeypatch, capsys
 ):
@@ -235,6 +238,7 @@ def test_the_study_of_gpus_needs_one_and_names_its_presets(monkeypatch):
         gpu.main(["huge"])
 
 
+@pytest.mark.parametrize("recipe", ["muon"], indirect=True)
 def test_nothing_is_recorded_on_a_cpu(recipe, monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", None)
     train(recipe)
