@@ -3,7 +3,7 @@
     python test.py                                   # the newest run, else a released network
     python test.py checkpoints/try/model.safetensors --tta --json result.json
     python test.py checkpoints/try-0 --compare checkpoints/try-1  # is one of them better?
-    python test.py A --compare B      # is one recipe better? the runs A-0, A-1, ... and B-0, B-1, ...
+    python test.py A --compare B      # is one recipe better? A-0, A-1, ... against B-0, B-1, ...
 
 The checkpoint holds all that is needed: no constant of config.py is used.
 """

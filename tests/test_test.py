@@ -270,9 +270,7 @@ def test_groups_of_seeds_are_compared_without_the_data(
         ({"data_fingerprint": "0" * 64}, [], 0, "warning: the two groups were not trained and"),
     ],
 )
-def test_groups_that_cannot_be_compared(
-    changes, options, status, words, demo, monkeypatch, capsys
-):
+def test_groups_that_cannot_be_compared(changes, options, status, words, demo, monkeypatch, capsys):
     group(demo, "A", [90.0, 91.0])
     group(demo, "B", **{"accuracies": [90.0, 91.0]} | changes)
     assert run_main("test", "A", "--compare", "B", *options, monkeypatch=monkeypatch) == status
