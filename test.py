@@ -1,8 +1,9 @@
-"""Test a saved network on the test set of its data set.
+"""Test a saved network on the test set of its data set, or compare two networks or recipes.
 
     python test.py                                   # the newest run, else a released network
     python test.py checkpoints/try/model.safetensors --tta --json result.json
     python test.py checkpoints/try-0 --compare checkpoints/try-1  # is one of them better?
+    python test.py A --compare B      # is one recipe better? A-0, A-1, ... against B-0, B-1, ...
 
 The checkpoint holds all that is needed: no constant of config.py is used.
 """
@@ -12,22 +13,32 @@ if __name__ == "__main__":  # above the imports: a missing library or an old Pyt
 
     run_script("test")
 
-from dataclasses import asdict
+import glob
+import statistics
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor, nn
 
-from config import Config
+from config import Config, Recipe
 from data import APPROXIMATE_COPY, Dataset, Normalize, fingerprint, load_dataset
 from engine import plots
 from engine.checkpoint import find_checkpoint, load_model
 from engine.distributed import init_processes
-from engine.evaluate import Score, calibrate, classify, score
+from engine.evaluate import (
+    Score,
+    calibrate,
+    classify,
+    difference_interval,
+    mean_interval,
+    score,
+    summary,
+)
 from engine.script import plain_arguments
-from model import model_cost
-from utils import CHECKPOINTS, InputError, check_output, printable, warn, write_json
+from model import Architecture, model_cost
+from utils import CHECKPOINTS, InputError, check_output, printable, read_csv, warn, write_json
 
 NUM_MISTAKES = 24  # in the figure of the mistakes
 
@@ -46,7 +57,8 @@ def test(
     Args:
         checkpoint: A file, a network's name, or a folder: its newest run, else a released network.
         tta: Also test with test-time augmentation: average the logits with the flipped view's.
-        compare: Another checkpoint: do the two differ by more than chance?
+        compare: Another checkpoint: do the two differ by more than chance? If both names stand for
+            several runs, NAME-0, NAME-1, ..., the means of their accuracies are compared.
         json: Also write the result to this file.
         data_dir: Folder of CIFAR-10, which is downloaded into it if it is not there.
         download: Download CIFAR-10 if it is not in data_dir.
@@ -57,9 +69,14 @@ def test(
     Raises:
         InputError: the checkpoint or the data is missing, damaged or of another project.
     """
+    check_output("json", json)
+    names = [checkpoint, Path(compare)]
+    if compare and (groups := find_groups(names)):
+        if tta:
+            raise InputError("tta: groups are compared by their runs' accuracies; leave it out")
+        return compare_groups(names, groups, json)
     path = find_checkpoint(checkpoint)
     other_path = find_checkpoint(Path(compare)) if compare else None
-    check_output("json", json)
     model, info = load_model(path)
     other, other_info = load_model(other_path) if compare else (None, None)
     config = Config(dataset=info.get("dataset"), data_dir=data_dir, download=download)
@@ -235,6 +252,134 @@ def print_per_class(counts: np.ndarray, class_names: tuple[str, ...]) -> None:
         accuracy = f"{100 * counts[i, i] / max(total, 1):.2f}%"
         print(f"{name:{width}}  {counts[i, i]:7,d}  {total:5,d}  {accuracy:>8}  {confused}")
     print()
+
+
+# ---------------------------------------------------------------- groups of runs
+
+
+def find_groups(names: list[Path]) -> list[list[Path]] | None:
+    """The runs that two names stand for, if both stand for several; None for two networks.
+
+    Raises:
+        InputError: only one of them stands for several runs, and for no network.
+    """
+    groups = [runs_of(name) for name in names]
+    if all(groups):
+        return groups
+    for name, runs, other in zip(names, groups, reversed(names), strict=True):
+        if runs and not find_checkpoint(name).exists():
+            raise InputError(
+                f"compare: {name.as_posix()} stands for {len(runs)} runs, but there are no two runs"
+                f" {other.as_posix()}-0, {other.as_posix()}-1, ...; train them with --seeds, or"
+                " name two networks"
+            )
+    return None
+
+
+def runs_of(name: Path) -> list[Path]:
+    """The runs NAME-0, NAME-1, ... of `train.py --seeds`, by seed, if there are two or more."""
+    for path in (name, CHECKPOINTS / name):
+        runs = {}
+        for run in path.parent.glob(f"{glob.escape(path.name)}-*"):
+            seed = run.name.removeprefix(f"{path.name}-")
+            is_run = (run / "model.safetensors").exists() or (run / "last.pt").exists()
+            if seed.isdecimal() and is_run:
+                runs[int(seed)] = run
+        if len(runs) > 1:
+            return [runs[seed] for seed in sorted(runs)]
+    return []
+
+
+def compare_groups(names: list[Path], groups: list[list[Path]], json: str) -> dict[str, object]:
+    """Compare the mean accuracies of two groups of runs, which differ in their seeds.
+
+    The accuracies are those in the model files: of the validation images if all runs have some,
+    else of the test images. No image is read.
+
+    Returns:
+        The content of the JSON file.
+
+    Raises:
+        InputError: a run is not finished, those of a group differ in more than their seeds, or the
+            groups were trained on other data.
+    """
+    infos = [load_group(runs) for runs in groups]
+    first, second = ((info[0]["dataset"], info[0]["class_names"]) for info in infos)
+    if first != second:
+        raise InputError(
+            f"compare: {names[1].as_posix()} has other classes than {names[0].as_posix()}; name"
+            " runs on the same data"
+        )
+    everyone = infos[0] + infos[1]
+    if len({(info["data_fingerprint"], info["config"]["val_size"]) for info in everyone}) > 1:
+        warn("the two groups were not trained and validated on the same images")
+    split = "test" if any(info["accuracy"]["val"] is None for info in everyone) else "val"
+    kind = {"val": "validation accuracy", "test": "test accuracy"}[split]
+    accuracies = [[info["accuracy"][split] for info in group] for group in infos]
+    for name, found in zip(names, accuracies, strict=True):
+        print(f"{shown(name)}, {len(found)} seeds: {kind} {summary(found)}")
+    difference = statistics.mean(accuracies[0]) - statistics.mean(accuracies[1])
+    low, high = difference_interval(*accuracies)
+    print(
+        f"{shown(names[0])} - {shown(names[1])}: {difference:+.2f} points; 95% interval {low:+.2f}"
+        f" to {high:+.2f} (Welch's t)"
+    )
+
+    result = {
+        "accuracy": kind,
+        "groups": [
+            {
+                "name": name.as_posix(),
+                "runs": [run.as_posix() for run in runs],
+                "accuracies": found,  # percent
+                "mean": statistics.mean(found),
+                "std": statistics.stdev(found),
+                "interval": mean_interval(found),
+            }
+            for name, runs, found in zip(names, groups, accuracies, strict=True)
+        ],
+        "difference": difference,  # points, the first group's mean less the second's
+        "interval": (low, high),
+    }
+    if json:
+        write_json(Path(json), result)
+
+    figure = groups[0][0].with_name(f"{names[0].name}_vs_{names[1].name}.png")
+    try:
+        logs = [[read_csv(run / "log.csv") for run in runs] for runs in groups]
+        drawn = dict(zip(map(shown, names), logs, strict=True))
+        plots.compared_curves(drawn, {"val": "val", "test": "train"}[split], figure)
+        print(f"figure: {shown(figure)}")
+    except (InputError, OSError, KeyError) as error:  # the numbers are printed, and need no figure
+        warn(f"no figure: {error}")
+    return result
+
+
+def load_group(runs: list[Path]) -> list[dict[str, object]]:
+    """The metadata of finished runs that differ in nothing but their seed.
+
+    Raises:
+        InputError: one is not finished or cannot be read, or they differ in another constant.
+    """
+    infos = []
+    for run in runs:
+        infos.append(load_model(find_checkpoint(run))[1])
+        if infos[-1].get("accuracy", {}).get("test") is None:  # it is written at the very end
+            folder = run.as_posix()
+            raise InputError(
+                f"checkpoint: the run in {folder} is not finished; go on with it by `python"
+                f" train.py --config {folder}/config.json --resume`, or move it away"
+            )
+    for constant in (*fields(Architecture), *fields(Recipe)):
+        values = [info["config"].get(constant.name, constant.default) for info in infos]
+        for run, value in zip(runs, values, strict=True):
+            if constant.name != "seed" and value != values[0]:
+                raise InputError(
+                    f"{constant.name}: {value!r} in {run.as_posix()}, but {values[0]!r} in"
+                    f" {runs[0].as_posix()}; the runs of a group differ in their seed alone: move"
+                    " away those that do not belong"
+                )
+    return infos
 
 
 def main(args: list[str]) -> None:

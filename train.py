@@ -16,15 +16,13 @@ if __name__ == "__main__":  # above the imports: a missing library or an old Pyt
 
     run_script("train")
 
-import math
-import statistics
 from collections.abc import Callable
 from dataclasses import replace
 
 from config import Config, check_config, parse_command_line
 from data import Dataset, check_data, load_dataset, train_batches
 from engine import distributed
-from engine.evaluate import Score, classify, evaluate, fit_temperature
+from engine.evaluate import Score, classify, evaluate, fit_temperature, summary
 from engine.progress import Row
 from engine.run import Run, end_by_signal, how_to_go_on
 from engine.script import stop_signals
@@ -92,34 +90,32 @@ def train_seeds(config: Config) -> list[Score]:
     """Train `config.seeds` networks that differ in their seed; returns their test scores.
 
     Prints the mean and standard deviation of the accuracies, and the 95% interval of the mean by
-    Student's t. With `resume`, a run that was cut off goes on and a finished one is only tested.
+    Student's t: those of the validation images, if there are any, then those of the test images.
+    With `resume`, a run that was cut off goes on and a finished one is only tested.
 
     Raises:
         InputError: one of them cannot be trained; or a disk is full.
         DivergenceError: a loss is no longer finite; the runs before it are complete.
         StoppedError: a signal asked to end; --resume goes on.
     """
-    from scipy.stats import t as student_t  # here, because it takes most of a second to load
-
     configs = []
     for seed in range(config.seed, config.seed + config.seeds):
         configs.append(replace(config, name=f"{config.name}-{seed}", seed=seed, seeds=1))
         check_config(configs[-1])
         Run(configs[-1])  # what is wrong is reported now, not hours later
-    scores = []
+    scores, val = [], []
     with stop_signals:
         for one in configs:
             if number := max(distributed.all_reduce_max(stop_signals.received)):
                 end_by_signal(number, f"before {one.name}; {how_to_go_on(config)}")
-            scores.append(train(one)[1])
-    accuracies = [score.accuracy for score in scores]
-    mean, std = statistics.mean(accuracies), statistics.stdev(accuracies)
-    half = student_t.ppf(0.975, len(configs) - 1) * std / math.sqrt(len(configs))
+            log, score = train(one)
+            scores.append(score)
+            val.append(log[-1]["val_accuracy"])
     if distributed.is_main():
-        print(
-            f"{len(configs)} seeds: test accuracy {mean:.2f} ± {std:.2f}% (standard deviation); 95%"
-            f" interval of the mean {mean - half:.2f} to {mean + half:.2f}"
-        )
+        if config.val_size:
+            print(f"{len(configs)} seeds: validation accuracy {summary(val)}")
+        test = [score.accuracy for score in scores]
+        print(f"{len(configs)} seeds: test accuracy {summary(test)}")
     return scores
 
 

@@ -1,6 +1,7 @@
-"""How good a network is: logits, accuracy, calibration, temperature."""
+"""How good a network, or a group of them, is: logits, accuracy, calibration, temperature."""
 
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -78,7 +79,7 @@ class Score:
         z, n, p = 1.959964, self.total, self.correct / self.total
         center = (p + z**2 / (2 * n)) / (1 + z**2 / n)
         half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-        return 100 * (center - half), 100 * (center + half)
+        return max(0.0, 100 * (center - half)), min(100.0, 100 * (center + half))
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -92,6 +93,44 @@ def score(logits: Tensor, labels: Tensor) -> Score:
     """Mean cross entropy and top-1 of (N, num_classes) logits against (N,) labels."""
     correct = (logits.argmax(1) == labels).sum().item()
     return Score(F.cross_entropy(logits, labels).item(), correct, len(labels))
+
+
+def mean_interval(accuracies: list[float]) -> tuple[float, float]:
+    """95% confidence interval of the mean accuracy of several seeds, in percent (Student's t)."""
+    mean, half = statistics.mean(accuracies), half_width(accuracies)
+    return max(0.0, mean - half), min(100.0, mean + half)
+
+
+def difference_interval(first: list[float], second: list[float]) -> tuple[float, float]:
+    """95% confidence interval of the difference of two mean accuracies, in points (Welch's t)."""
+    difference = statistics.mean(first) - statistics.mean(second)
+    half = half_width(first, second)
+    return max(-100.0, difference - half), min(100.0, difference + half)
+
+
+def half_width(*groups: list[float]) -> float:
+    """Half of the 95% interval of a mean, or of the difference of the means of two groups.
+
+    The degrees of freedom are Welch's (1947), since the groups' variances may differ; for one group
+    they are Student's n - 1. Every group needs two values.
+    """
+    from scipy.stats import t as student_t  # here, because it takes most of a second to load
+
+    errors = [statistics.variance(group) / len(group) for group in groups]  # squared
+    if not any(errors):
+        return 0.0
+    parts = (e**2 / (len(group) - 1) for e, group in zip(errors, groups, strict=True))
+    freedom = sum(errors) ** 2 / sum(parts)
+    return float(student_t.ppf(0.975, freedom)) * math.sqrt(sum(errors))
+
+
+def summary(accuracies: list[float]) -> str:
+    """Mean and standard deviation of the accuracies of several seeds, and the mean's interval."""
+    low, high = mean_interval(accuracies)
+    return (
+        f"{statistics.mean(accuracies):.2f} ± {statistics.stdev(accuracies):.2f}% (standard"
+        f" deviation); 95% interval of the mean {low:.2f} to {high:.2f}"
+    )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Figures of a run and of a test: learning curves, confusion matrix, calibration, mistakes.
+"""Figures of runs and of a test: learning curves, confusion matrix, calibration, mistakes.
 
 They are drawn without pyplot, which would touch window systems and global state.
 """
@@ -12,6 +12,8 @@ from matplotlib.ticker import MaxNLocator
 from engine.evaluate import Calibration, Score
 from utils import atomic_path
 
+Log = list[dict[str, float | None]]  # the rows of a log.csv
+
 # Okabe & Ito's palette, for color-blind readers too (jfly.uni-koeln.de/color).
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 
@@ -22,25 +24,49 @@ def save(figure: Figure, path: str | Path) -> None:
         figure.savefig(temporary, dpi=150, format="png")
 
 
-def learning_curves(log: list[dict[str, float | None]], path: str | Path, title: str) -> None:
-    """Training and validation loss and accuracy over the epochs; `log` has the rows of log.csv."""
+def learning_curves(log: Log, path: str | Path, title: str) -> None:
+    """Training and validation loss and accuracy over the epochs of a run."""
+    lines = [(log, "train", BLUE, "training (augmented)"), (log, "val", ORANGE, "validation")]
+    draw_curves(lines, path, title)
+
+
+def compared_curves(groups: dict[str, list[Log]], split: str, path: str | Path) -> None:
+    """Loss and accuracy over the epochs of two groups of runs: a line per run.
+
+    Args:
+        groups: the logs of each group, by its name.
+        split: `train` or `val`, the images whose loss and accuracy are drawn.
+    """
+    lines = [
+        (log, split, color, f"{len(logs)} runs of {name}" if i == 0 else None)
+        for (name, logs), color in zip(groups.items(), (BLUE, ORANGE), strict=False)
+        for i, log in enumerate(logs)
+    ]
+    images = {"train": "training images (augmented)", "val": "validation images"}[split]
+    draw_curves(lines, path, f"{' and '.join(groups)}: {images}")
+
+
+def draw_curves(
+    lines: list[tuple[Log, str, str, str | None]], path: str | Path, title: str
+) -> None:
+    """Loss and accuracy over the epochs; for each line its log, split, color and label, if any."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     figure.suptitle(title, parse_math=False)  # a $ in a path is no formula
-    epochs = [row["epoch"] for row in log]
     for axes, name, label in zip(
         figure.subplots(1, 2), ("loss", "accuracy"), ("cross entropy", "accuracy, %"), strict=True
     ):
-        for split, color in (("train", BLUE), ("val", ORANGE)):
+        for log, split, color, text in lines:
             values = [row[f"{split}_{name}"] for row in log]
             if None not in values:
+                epochs = [row["epoch"] for row in log]
                 marker = "o" if len(log) < 30 else None
-                text = {"train": "training (augmented)", "val": "validation"}[split]
                 axes.plot(epochs, values, color=color, marker=marker, markersize=3, label=text)
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
+        for entry in axes.legend(frameon=False).get_texts():
+            entry.set_parse_math(False)
     save(figure, path)
 
 

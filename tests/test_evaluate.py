@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from scipy import stats
 from torch.nn import functional as F
 
 from config import PRESETS
@@ -13,8 +14,10 @@ from engine.evaluate import (
     Score,
     calibrate,
     classify,
+    difference_interval,
     evaluate,
     fit_temperature,
+    mean_interval,
     score,
 )
 from model import Architecture, ResNet
@@ -63,6 +66,24 @@ def test_score_and_its_interval():
     assert Score(0, 81, 263).interval == pytest.approx((25.529, 36.619), abs=0.01)
     assert Score(0, 10, 10).interval == pytest.approx((72.247, 100), abs=0.01)
     assert str(Score(0.5, 9484, 10_000)).startswith("94.84% (9,484 of 10,000; 95% interval 94.3")
+
+
+def test_intervals_of_means_are_student_s_and_welch_s():
+    first, second = [94.1, 94.3, 94.9, 94.2], [93.0, 93.9]
+    mean = stats.ttest_1samp(first, 0).confidence_interval()
+    assert mean_interval(first) == pytest.approx(tuple(mean))
+    welch = stats.ttest_ind(first, second, equal_var=False).confidence_interval()
+    assert difference_interval(first, second) == pytest.approx(tuple(welch))
+    assert difference_interval([94.0, 94.0], [93.0, 93.0]) == (1, 1)
+
+
+def test_intervals_do_not_leave_their_range():
+    assert mean_interval([2.0, 99.0]) == (0, 100)
+    assert difference_interval([2.0, 99.0], [1.0, 98.0]) == (-100, 100)
+    for total in range(1, 1000):
+        for correct in (0, total):
+            low, high = Score(0, correct, total).interval
+            assert 0 <= low <= high <= 100
 
 
 def test_empty_split_has_no_score():

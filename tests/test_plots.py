@@ -39,6 +39,9 @@ FIGURES = {
     "curves": lambda path: plots.learning_curves(log(5, val=True), path, "a run of $5"),
     "curves without validation": lambda path: plots.learning_curves(log(40, False), path, "a_b"),
     "one epoch": lambda path: plots.learning_curves(log(1, val=False), path, "a run"),
+    "two groups": lambda path: plots.compared_curves(
+        {"$A$": [log(9, True), log(8, True)], "_B": [log(40, True)] * 3}, "val", path
+    ),
     "confusion": lambda path: plots.confusion_matrix(COUNTS, ["cat", "dog", "eel"], path, "title"),
     "calibration": lambda path: plots.calibration(bins(), path, "title"),
     "mistakes": lambda path: plots.mistakes(PICTURES, [f"cat {i}" for i in range(8)], path, "all"),

@@ -659,19 +659,21 @@ def test_a_seed_decides_everything_and_nothing_else_does(tiny):
 
 
 def test_seeds_are_trained_in_turn_and_summed_up(tiny, capsys):
-    config = replace(tiny, epochs=1, seed=3, seeds=3)
+    config = replace(tiny, epochs=1, seed=3, seeds=3, val_size=200)
     scores = train_seeds(config)
     infos = [load_model(f"checkpoints/tiny-{n}/model.safetensors")[1] for n in (3, 4, 5)]
     assert [info["seed"] for info in infos] == [3, 4, 5]
-    accuracies = [score.accuracy for score in scores]
-    assert [info["accuracy"]["test"] for info in infos] == accuracies
-    mean = sum(accuracies) / 3
-    std = math.sqrt(sum((a - mean) ** 2 for a in accuracies) / 2)
-    half = 4.302653 * std / math.sqrt(3)  # Student's t at 97.5% in two degrees of freedom
-    last = capsys.readouterr().out.splitlines()[-1]
-    numbers = [float(n) for n in re.findall(r"\d+\.\d\d", last)]
-    assert last.startswith("3 seeds: test accuracy ")
-    assert numbers == pytest.approx([mean, std, mean - half, mean + half], abs=0.006)
+    assert [info["accuracy"]["test"] for info in infos] == [score.accuracy for score in scores]
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    for line, kind, key in zip(lines, ("validation", "test"), ("val", "test"), strict=True):
+        accuracies = [info["accuracy"][key] for info in infos]
+        mean = sum(accuracies) / 3
+        std = math.sqrt(sum((a - mean) ** 2 for a in accuracies) / 2)
+        half = 4.302653 * std / math.sqrt(3)  # Student's t at 97.5% in two degrees of freedom
+        numbers = [float(n) for n in re.findall(r"\d+\.\d\d", line)]
+        assert line.startswith(f"3 seeds: {kind} accuracy ")
+        expected = [mean, std, max(0, mean - half), min(100, mean + half)]
+        assert numbers == pytest.approx(expected, abs=0.006)
     with pytest.raises(InputError, match=r"seeds: 3 .*|seeds: .*, not 3; call train_seeds"):
         train(config)
 

@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run, run_main
@@ -17,8 +18,8 @@ from engine import checkpoint
 from engine.checkpoint import find_checkpoint, load_model, save_model
 from engine.evaluate import score
 from model import Architecture, model_cost
-from test import check_data, confusion_matrix, mcnemar, worst_mistakes
-from utils import CHECKPOINTS, TEMPORARY, InputError
+from test import check_data, confusion_matrix, find_groups, mcnemar, worst_mistakes
+from utils import CHECKPOINTS, TEMPORARY, InputError, write_csv
 
 
 @pytest.fixture
@@ -215,6 +216,91 @@ def make(*names, age=0):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         os.utime(path, (age, age))
+
+
+def group(demo, name, accuracies, test=90.0, lr=0.1, **changes):
+    """Save the runs NAME-0, NAME-1, ... with these validation accuracies."""
+    model, info = load_model(demo[0] / "model.safetensors")
+    del info["architecture"]
+    for seed, val in enumerate(accuracies):
+        accuracy = {"val": val, "test": test and test + seed}
+        config = info["config"] | {"seed": seed, "lr": lr}
+        run = Path(f"checkpoints/{name}-{seed}")
+        metadata = info | {"config": config, "accuracy": accuracy, "dataset": "cifar10"} | changes
+        save_model(run / "model.safetensors", model, metadata)
+        row = {"train_loss": 0.1, "train_accuracy": 80.0, "val_loss": val, "val_accuracy": val}
+        write_csv(run / "log.csv", [{"epoch": 1} | row])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "kind"),
+    [
+        ([91.0, 92.5, 92.0], [90.0, 90.2], "validation accuracy"),
+        ([91.0, 91.0], [90.0, 90.0], "validation accuracy"),
+        ([91.0, 92.0, 93.0], [None, None], "test accuracy"),
+    ],
+)
+def test_groups_of_seeds_are_compared_without_the_data(
+    first, second, kind, demo, monkeypatch, capsys
+):
+    group(demo, "A", first)
+    group(demo, "x/B", second)
+    written = result_of("A", "--compare", "x/B", "--no-download", monkeypatch=monkeypatch)
+    used = [first, second] if None not in second else [[90, 91, 92], [90, 91]]
+    assert [part["accuracies"] for part in written["groups"]] == used
+    assert written["accuracy"] == kind
+    assert written["difference"] == pytest.approx(np.mean(used[0]) - np.mean(used[1]))
+    low, high = written["interval"]
+    assert low <= written["difference"] <= high
+    captured = capsys.readouterr()
+    assert f"A, {len(first)} seeds: {kind} {np.mean(used[0]):.2f} ± " in captured.out
+    assert f"A - x/B: {written['difference']:+.2f} points; 95% interval {low:+.2f}" in captured.out
+    assert "figure: checkpoints/A_vs_B.png" in captured.out
+    assert not captured.err
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "status", "words"),
+    [
+        ({"test": None}, [], 2, "checkpoint: the run in checkpoints/B-0 is not finished; go on"),
+        ({"class_names": list("abcdefghij")}, [], 2, "compare: B has other classes than A; name"),
+        ({"accuracies": [90.0]}, [], 2, "compare: A stands for 2 runs, but there are no two"),
+        ({}, ["--tta"], 2, "tta: groups are compared by their runs' accuracies; leave it out"),
+        ({}, ["--json", "."], 2, "json: . is a folder; name a file"),
+        ({"data_fingerprint": "0" * 64}, [], 0, "warning: the two groups were not trained and"),
+    ],
+)
+def test_groups_that_cannot_be_compared(changes, options, status, words, demo, monkeypatch, capsys):
+    group(demo, "A", [90.0, 91.0])
+    group(demo, "B", **{"accuracies": [90.0, 91.0]} | changes)
+    assert run_main("test", "A", "--compare", "B", *options, monkeypatch=monkeypatch) == status
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert words in line
+    assert bool(captured.out) == (status == 0)
+
+
+def test_run_of_another_recipe_is_no_part_of_a_group(demo, monkeypatch, capsys):
+    group(demo, "B", [90.0, 91.0, 92.0], lr=0.2)
+    group(demo, "B", [90.0, 91.0])
+    group(demo, "A", [90.0, 91.0])
+    assert run_main("test", "A", "--compare", "B", monkeypatch=monkeypatch) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: lr: 0.2 in checkpoints/B-2, but 0.1 in checkpoints/B-0;")
+    assert not captured.out
+
+
+def test_names_of_two_groups_stand_for_their_runs():
+    names = [Path("A"), Path("B")]
+    make(*(f"checkpoints/A-{n}/model.safetensors" for n in ("0", "2", "10", "old", "2-old")))
+    make("checkpoints/A/model.safetensors", "checkpoints/B.safetensors", "B-7/last.pt", "B-8/a")
+    assert find_groups(names) is None  # B is one network
+    make("checkpoints/B-9/last.pt", "checkpoints/B-8/model.safetensors")
+    runs = [[Path(f"checkpoints/A-{n}") for n in (0, 2, 10)]]
+    runs.append([Path("checkpoints/B-8"), Path("checkpoints/B-9")])
+    assert find_groups(names) == runs
+    assert find_groups([Path("checkpoints", name) for name in names]) == runs
+    assert find_groups([Path("A-0"), Path("A-2")]) is None
 
 
 def test_folder_stands_for_its_newest_run_else_a_released_network():
