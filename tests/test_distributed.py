@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -141,20 +142,26 @@ def test_killed_process_ends_the_job_which_goes_on_with_as_many_or_one(whole, mo
     assert ours[1]["train_loss"] == pytest.approx(theirs[1]["train_loss"], rel=0.2)
 
 
-@pytest.mark.slow
-def test_signal_to_torchrun_saves_at_the_same_step_everywhere():
+def signaled_after_an_epoch(epochs, number):
+    """Send torchrun a signal after the first epoch; its status, and what all processes wrote."""
     process = subprocess.Popen(
-        command(*LINE, "--epochs", 50, launcher=TORCHRUN),
+        command(*LINE, "--epochs", epochs, launcher=TORCHRUN),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     for line in process.stdout:
-        if line.startswith("epoch  1/50"):
-            process.terminate()
+        if re.match(rf"epoch +1/{epochs}", line):
+            process.send_signal(number)
             break
-    errors = process.communicate()[1]
-    assert process.returncode != 0
+    errors = process.communicate(timeout=120)[1]  # until the processes have closed their ends
+    return process.returncode, errors
+
+
+@pytest.mark.slow
+def test_signal_to_torchrun_saves_at_the_same_step_everywhere():
+    status, errors = signaled_after_an_epoch(50, signal.SIGTERM)
+    assert status != 0
     stopped = [line for line in errors.splitlines() if line.startswith("stopped by SIGTERM")]
     assert len(stopped) == 1
     state = load_state(Path("checkpoints/demo/last.pt"))[0]["metrics"]
@@ -165,18 +172,8 @@ def test_signal_to_torchrun_saves_at_the_same_step_everywhere():
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGKILL])
 def test_processes_that_torchrun_leaves_behind_save_and_end(number):
-    process = subprocess.Popen(
-        command(*LINE, "--epochs", 500, launcher=TORCHRUN),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    for line in process.stdout:
-        if line.startswith("epoch   1/500"):
-            process.send_signal(number)
-            break
-    errors = process.communicate(timeout=120)[1]  # until both have closed them
-    assert process.returncode == -number
+    status, errors = signaled_after_an_epoch(500, number)
+    assert status == -number
     stopped = [line for line in errors.splitlines() if line.startswith("stopped by the end of")]
     assert len(stopped) == 1
     state = load_state(Path("checkpoints/demo/last.pt"))[0]["metrics"]
