@@ -13,7 +13,7 @@ import filelock
 import torch
 from torch import Tensor
 
-from config import CHECKPOINTS, PRESETS, Config, check_resumable, record
+from config import PRESETS, Config, check_resumable, record
 from data import Batch, Dataset
 from engine import plots
 from engine.checkpoint import PREVIOUS, all_finite, load_state, save_model, save_state
@@ -34,6 +34,7 @@ from engine.teacher import Teacher
 from learner import Learner, Proxy
 from model import Architecture
 from utils import (
+    CHECKPOINTS,
     DivergenceError,
     InputError,
     StoppedError,

@@ -14,9 +14,8 @@ from pathlib import Path, PurePosixPath
 
 import joblib  # comes with scikit-learn
 
-from config import CHECKPOINTS
 from search.space import Search
-from utils import InputError, first_line
+from utils import CHECKPOINTS, InputError, first_line
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKER_TIMEOUT = 45  # seconds for a worker process to start

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import asdict, fields, replace
 
 import utils
-from config import CHECKPOINTS, PRESETS, check_config, record
+from config import PRESETS, check_config, record
 from data import Dataset, check_data, load_dataset
 from engine.run import end_by_signal, lock_folder
 from engine.script import plain_arguments, stop_signals
@@ -14,7 +14,7 @@ from search import figures
 from search.cluster import ray_started, trial_resources, trials_at_once
 from search.space import SPACE, Search, Space, check_search, check_space, with_defaults
 from search.trials import METRIC, Row, Trials, read_record, write_record
-from utils import InputError, SearchError, StoppedError, first_line
+from utils import CHECKPOINTS, InputError, SearchError, StoppedError, first_line
 
 
 def main(args: list[str], space: Space = SPACE) -> None:

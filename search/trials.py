@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import utils
-from config import CHECKPOINTS, Config, check_config
+from config import Config, check_config
 from engine.checkpoint import PREVIOUS
 from engine.run import Run
 from model import model_cost, pooled_size
@@ -27,7 +27,7 @@ from search.space import (
     draw_sample,
     entries,
 )
-from utils import InputError, first_line
+from utils import CHECKPOINTS, InputError, first_line
 
 METRIC = "val_accuracy"
 CHANCE = 10.0  # percent; the accuracy that TPE is given for a trial that diverged

@@ -20,9 +20,8 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Polygon
 from torch import nn
 
 import utils
-from config import CHECKPOINTS
 from engine import plots
-from engine.checkpoint import load_model
+from engine.checkpoint import RELEASED, load_model
 from engine.plots import BLUE, GREY, ORANGE
 from model import ResNet, model_cost, pooled_size
 from search.figures import COSTS, effects
@@ -349,7 +348,7 @@ def family(ours: list[dict], others: list[dict], path: str | Path) -> None:
 def released() -> list[dict]:
     """A row per released network for `family`, from the metadata of its model file."""
     rows = []
-    for path in sorted(CHECKPOINTS.glob("*.safetensors")):
+    for path in sorted(RELEASED.glob("*.safetensors")):
         model, info = load_model(path)
         cost = model_cost(model.architecture)
         figures = {"num_params": cost.num_params, "macs": cost.macs}

@@ -42,11 +42,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
 import utils
-from config import CHECKPOINTS, PRESETS, Config
+from config import PRESETS, Config
 from data import Dataset, load_dataset
 from engine import checkpoint
 from engine.checkpoint import load_model
 from engine.script import StopSignals, run_script
+from utils import CHECKPOINTS
 
 TINY = replace(
     PRESETS["demo"],

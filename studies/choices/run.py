@@ -26,14 +26,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import utils
-from config import CHECKPOINTS, PRESETS, Config
+from config import PRESETS, Config
 from data import load_dataset
 from engine.progress import Row
 from search.run import load_search, run_search
 from search.space import PER_STAGE, SPACE, Search, Space, base_config
 from search.trials import ENDED, METRIC
 from train import train
-from utils import DivergenceError, InputError, SearchError
+from utils import CHECKPOINTS, DivergenceError, InputError, SearchError
 
 FOLDER = Path("studies/choices")
 # Changes to the paper's recipe in all trials: the augmentation of `fast`, without Cutout for so few
