@@ -40,6 +40,9 @@ FIGURES = {
     "curves without validation": lambda path: plots.learning_curves(log(40, False), path, "a_b"),
     "one epoch": lambda path: plots.learning_curves(log(1, val=False), path, "a run"),
     "confusion": lambda path: plots.confusion_matrix(COUNTS, ["cat", "dog", "eel"], path, "title"),
+    "confusion of many": lambda path: plots.confusion_matrix(
+        np.eye(100, dtype=int) + 1, [f"class_$x_{i}" for i in range(100)], path, "title"
+    ),
     "calibration": lambda path: plots.calibration(bins(), path, "title"),
     "mistakes": lambda path: plots.mistakes(PICTURES, [f"cat {i}" for i in range(8)], path, "all"),
     "no mistakes": lambda path: plots.mistakes(PICTURES[:0], [], path, "none"),
