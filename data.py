@@ -36,14 +36,14 @@ FACTS = {
     ),
     "cifar100": (
         "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus"
-        " butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch"
-        " crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house"
-        " kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle"
-        " mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree"
-        " plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark"
-        " shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table"
-        " tank telephone television tiger tractor train trout tulip turtle wardrobe whale"
-        " willow_tree wolf woman worm".split(),
+        " butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach"
+        " couch crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster"
+        " house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree"
+        " motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear"
+        " pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road"
+        " rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel"
+        " streetcar sunflower sweet_pepper table tank telephone television tiger tractor train"
+        " trout tulip turtle wardrobe whale willow_tree wolf woman worm".split(),
         (0.5071, 0.4865, 0.4409),
         (0.2673, 0.2564, 0.2762),
     ),
@@ -481,7 +481,8 @@ def read_binary(name: str, path: Path) -> np.ndarray:
     worst = int(labels.argmax())
     if labels[worst] > highest:
         raise InputError(
-            f"data_dir: {path}, record {worst}: label {labels[worst]} is not 0 to {highest}; {again}"
+            f"data_dir: {path}, record {worst}: label {labels[worst]} is not 0 to {highest};"
+            f" {again}"
         )
     return records
 

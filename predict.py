@@ -204,9 +204,8 @@ def pictures_in(folder: Path) -> list[str]:
     if not pictures:
         raise InputError(f"images: {folder} holds no picture; name another folder, or files")
     if others:
-        warn(
-            f"{folder}: {len(others):,} files that are no pictures were skipped: {others[0].name}..."
-        )
+        first = others[0].name
+        warn(f"{folder}: {len(others):,} files that are no pictures were skipped: {first}...")
     return [str(path) for path in pictures]
 
 
