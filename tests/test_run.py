@@ -822,7 +822,7 @@ def test_a_run_from_weights_resumes_to_the_bit_but_not_from_others(source, tiny)
     [
         (
             {"c1": 4},
-            r"^init: .* has c1 8, channels \(16, 32, 64\), and this run c1 4, channels \(8, 16, 32\)",
+            r"^init: .* has c1 8, channels .16, 32, 64., and this run c1 4, channels .8, 16, 32.;",
         ),
         ({"init": "nothing"}, "^init: nothing does not exist"),
     ],
