@@ -33,8 +33,8 @@ from utils import (
 class Data:
     """The images that a network is trained on, and how they are augmented."""
 
-    dataset: Literal["cifar10", "digits"] = "cifar10"
-    """CIFAR-10, or scikit-learn's handwritten digits, which need no download."""
+    dataset: Literal["cifar10", "cifar100", "digits", "folder"] = "cifar10"
+    """CIFAR; scikit-learn's handwritten digits; or your own pictures in a folder for each class."""
     val_size: Annotated[int, Range(0)] = 0
     """Training images set aside for validation; 0 trains on all of them."""
     train_size: Annotated[int, Range(0)] = 0
@@ -87,6 +87,8 @@ class Optimization:
     """Apply it to biases and batch normalization, too, as the paper does."""
     adam_lr: Annotated[float, Range(0, 1000)] = 0.005
     """Learning rate of Adam at the start of the schedule (muon only)."""
+    init: str = ""
+    """Start from the weights of a network: a file, a run or a name; else from random ones."""
     teacher: str = ""
     """Model file of a trained network whose predictions are the targets, instead of the labels."""
     teacher_views: Annotated[int, Range(0, 10_000)] = 0
@@ -139,9 +141,9 @@ class Execution:
     compile: bool = False
     """Use torch.compile, which rounds differently; not tried on a GPU yet."""
     data_dir: str = "data"
-    """Folder of CIFAR-10."""
+    """Folder of CIFAR, or of the class folders of your own pictures."""
     download: bool = True
-    """Download CIFAR-10 into it if it is not there."""
+    """Download CIFAR into it if it is not there."""
     max_params: Annotated[int, Range(1)] = MAX_PARAMS
     """Refuse a network with more parameters than this."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
@@ -175,6 +177,7 @@ FAST = Config(
     label_smoothing=0.2,
     schedule="linear",
 )
+SMALL = replace(FAST, name="small", width=2)
 BEST = Config(
     name="best",
     num_blocks=(3, 3, 3),
@@ -200,7 +203,7 @@ PRESETS = {
     "model1": Config(name="model1", num_blocks=(3, 3, 3), c1=34),
     "model2": Config(name="model2", num_blocks=(7, 7, 7), c1=22),
     "fast": FAST,
-    "small": replace(FAST, name="small", width=2),
+    "small": SMALL,
     # The proxy would be as wide as the network, and save nothing.
     "tiny": replace(FAST, name="tiny", width=1, epochs=43, batch_size=1000, keep_fraction=1.0),
     "best": BEST,
@@ -213,6 +216,18 @@ PRESETS = {
         weight_decay=2e-4,
         warmup_epochs=1,
         ema_decay=0.999,
+    ),
+    "mine": replace(
+        SMALL,
+        name="mine",
+        dataset="folder",
+        data_dir="photos",
+        init="small.safetensors",
+        small_fraction=0.0,
+        epochs=20,
+        batch_size=32,
+        keep_fraction=1.0,
+        lr=0.03,
     ),
     "demo": Config(
         name="demo",
@@ -236,6 +251,7 @@ CLAIMS = {
     "tiny": "89.98% (1 run, 42 min on two cores of an EPYC; an older Cutout)",
     "best": "96.77 ± 0.07% (3 seeds on an NVIDIA H200): the highest accuracy",
     "marathon": "not trained yet: `best` for four times as long",
+    "mine": "not measured yet: your own pictures, from the weights of `small`",
     "demo": "99.72% of the digits (1 run, under 2 min on two cores of an EPYC)",
 }
 
@@ -454,4 +470,6 @@ def parse(args: list[str], preset: str, path: str) -> tuple[str, str, Config]:
         raise InputError(
             f"width: {parsed.network.width} beside channels, which replace it; leave one of the two"
         )
+    if any(arg.partition("=")[0] == "--num-classes" for arg in args):
+        raise InputError("num_classes: follows from the data; leave --num-classes out")
     return parsed.preset, parsed.config, Config(**constants)

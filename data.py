@@ -1,4 +1,4 @@
-"""Images: CIFAR-10 or scikit-learn's digits, loaded, checked, split, and given out in batches.
+"""Images: CIFAR, scikit-learn's digits or your own; loaded, checked, split, given out in batches.
 
 A data set is held whole, as uint8, on the device. There are no worker processes: a batch is one
 gather. The images of a batch and their augmentation are a pure function of (seed, epoch, step), so
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 import augment
 from config import Config, check_batches, image_size, steps_per_epoch, view_of
 from engine.distributed import num_processes, rank
+from engine.folders import class_names, find_splits, read_splits
 from utils import IMAGE_SIZE, InputError, first_line, generator, warn
 
 # Class names, and the mean and std per channel over all pixels of the training images, scaled to
@@ -33,25 +34,84 @@ FACTS = {
         (0.4914, 0.4822, 0.4465),
         (0.2470, 0.2435, 0.2616),
     ),
+    "cifar100": (
+        "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus"
+        " butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach"
+        " couch crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster"
+        " house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree"
+        " motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear"
+        " pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road"
+        " rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel"
+        " streetcar sunflower sweet_pepper table tank telephone television tiger tractor train"
+        " trout tulip turtle wardrobe whale willow_tree wolf woman worm".split(),
+        (0.5071, 0.4865, 0.4409),
+        (0.2673, 0.2564, 0.2762),
+    ),
     "digits": (list("0123456789"), (0.3053,) * 3, (0.3237,) * 3),
 }
 
-PYTHON_FOLDER = "cifar-10-batches-py"  # in the archive that torchvision downloads
-BINARY_FOLDER = "cifar-10-batches-bin"
-BINARY_ARCHIVE, BINARY_MD5 = "cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"
-BINARY_SHA1 = {  # of the official files
-    "data_batch_1.bin": "aadd24acce27caa71bf4b10992e9e7b2d74c2540",
-    "data_batch_2.bin": "c0ba65cce70568cd57b4e03e9ac8d2a5367c1795",
-    "data_batch_3.bin": "1dd00a74ab1d17a6e7d73e185b69dbf31242f295",
-    "data_batch_4.bin": "aab85764eb3584312d3c7f65fd2fd016e36a258e",
-    "data_batch_5.bin": "26e2849e66a845b7f1e4614ae70f4889ae604628",
-    "test_batch.bin": "67eb016db431130d61cd03c7ad570b013799c88c",
+
+@dataclass(frozen=True)
+class Release:
+    """The official files of CIFAR-10 or CIFAR-100, in the layout for Python and the binary one."""
+
+    title: str
+    python_folder: str  # in the archive that torchvision downloads
+    binary_folder: str
+    binary_archive: str
+    binary_md5: str  # of that archive
+    binary_files: dict[str, tuple[int, str]]  # number of images, SHA-1; the last is for the test
+    label_bytes: int  # of a record; the last of them is the label
+    python_labels: str  # the name of the labels in a pickle
+
+    @property
+    def torchvision(self) -> type:
+        """The class of torchvision, with the address and the MD5 of each file for Python."""
+        from torchvision import datasets
+
+        return getattr(datasets, self.title.replace("-", ""))
+
+    @property
+    def record_bytes(self) -> int:
+        """Labels, then the red, green and blue planes."""
+        return self.label_bytes + 3 * IMAGE_SIZE**2
+
+
+RELEASES = {
+    "cifar10": Release(
+        title="CIFAR-10",
+        python_folder="cifar-10-batches-py",
+        binary_folder="cifar-10-batches-bin",
+        binary_archive="cifar-10-binary.tar.gz",
+        binary_md5="c32a1d4ab5d03f1284b67883e8d87530",
+        binary_files={
+            "data_batch_1.bin": (10_000, "aadd24acce27caa71bf4b10992e9e7b2d74c2540"),
+            "data_batch_2.bin": (10_000, "c0ba65cce70568cd57b4e03e9ac8d2a5367c1795"),
+            "data_batch_3.bin": (10_000, "1dd00a74ab1d17a6e7d73e185b69dbf31242f295"),
+            "data_batch_4.bin": (10_000, "aab85764eb3584312d3c7f65fd2fd016e36a258e"),
+            "data_batch_5.bin": (10_000, "26e2849e66a845b7f1e4614ae70f4889ae604628"),
+            "test_batch.bin": (10_000, "67eb016db431130d61cd03c7ad570b013799c88c"),
+        },
+        label_bytes=1,
+        python_labels="labels",
+    ),
+    "cifar100": Release(
+        title="CIFAR-100",
+        python_folder="cifar-100-python",
+        binary_folder="cifar-100-binary",
+        binary_archive="cifar-100-binary.tar.gz",
+        binary_md5="03b5dce01913d631647c71ecec9e9cb8",
+        binary_files={
+            "train.bin": (50_000, "e207cd2e05b73b1393c74c7f5e7bea451d63e08e"),
+            "test.bin": (10_000, "8fb6623e830365ff53cf14adec797474f5478006"),
+        },
+        label_bytes=2,  # one of 20 superclasses, then one of 100 classes
+        python_labels="fine_labels",
+    ),
 }
 # The fingerprint of the copy that the released networks were trained on. Of its images, 81 for
 # training and 23 for the test were decoded from JPEG; the others are the official ones.
 APPROXIMATE_COPY = "feb1a89863ee464b208bbb4ee2921ef600c46cbc0372b6b68e8966be7599e65f"
-IMAGES_PER_FILE = 10_000
-RECORD_BYTES = 1 + 3 * IMAGE_SIZE**2  # label, then the red, green and blue planes
 
 SPLIT_SEED = 0  # of the validation and digits splits; the same in every run, so runs compare
 EVAL_BATCH = 500  # images; the same in all scripts, so that their results agree to the last bit
@@ -197,12 +257,41 @@ def eval_batches(images: Tensor, normalize: Normalize) -> Iterator[Tensor]:
 # ---------------------------------------------------------------- loading
 
 
+def num_classes_of(config: Config) -> int:
+    """Count the classes of a configuration's data set; of a folder, by the folders in it.
+
+    Raises:
+        InputError: there is no such data set, or the folder has no classes.
+    """
+    check_known(config.dataset)
+    if config.dataset == "folder":
+        return len(class_names(find_splits(Path(config.data_dir).expanduser())[0]))
+    return len(FACTS[config.dataset][0])
+
+
+def check_known(dataset: object) -> None:
+    """Raise InputError unless `dataset` is one of ours."""
+    known = [*FACTS, "folder"]
+    if dataset not in known:
+        raise InputError(f"dataset: {dataset!r} is not one of {', '.join(known)}")
+
+
+def data_config(info: dict[str, object], data_dir: str, download: bool) -> Config:
+    """The constants that load the data set of a network, by the metadata of its file.
+
+    Args:
+        data_dir: where it is; "" for where pictures of the user's own were in the training.
+    """
+    data_dir = data_dir or info.get("data_dir") or Config.data_dir
+    return Config(dataset=info.get("dataset"), data_dir=data_dir, download=download)
+
+
 def load_dataset(config: Config, test: bool = True) -> Dataset:
     """Load the data set of a configuration and split it.
 
-    CIFAR-10 comes from `data_dir`, into which it is downloaded if need be; the digits come with
-    scikit-learn. `val_size` images are set aside, and `train_size` of the others are kept, with the
-    same share of every class.
+    `data_dir` holds pictures of the user's own, or CIFAR, which is downloaded into it if need be;
+    the digits come with scikit-learn. `val_size` images are set aside, and `train_size` of the
+    others are kept, with the same share of every class.
 
     Args:
         test: read the test images; otherwise the test split is empty.
@@ -210,25 +299,30 @@ def load_dataset(config: Config, test: bool = True) -> Dataset:
     Raises:
         InputError: a file is missing, damaged or foreign, or a size is out of range.
     """
-    if config.dataset not in FACTS:
-        raise InputError(f"dataset: {config.dataset!r} is not one of {', '.join(FACTS)}")
+    check_known(config.dataset)
     data_dir = Path(config.data_dir).expanduser()  # torchvision does so for its download alone
     if config.dataset == "digits":
         dataset = load_digits(test)
+    elif config.dataset == "folder":
+        dataset = load_folder(data_dir, test)
     else:
-        dataset = load_cifar10(data_dir, config.download, test)
+        dataset = load_cifar(config.dataset, data_dir, config.download, test)
     return take_training(split_validation(dataset, config.val_size), config.train_size)
 
 
-def load_cifar10(data_dir: Path, download: bool, test: bool = True) -> Dataset:
-    """Load the unpacked files of CIFAR-10; without them, first unpack an archive or download it."""
-    if data_dir.name in (PYTHON_FOLDER, BINARY_FOLDER):
+def load_cifar(name: str, data_dir: Path, download: bool, test: bool = True) -> Dataset:
+    """Load the unpacked files of CIFAR; without them, first unpack an archive or download it.
+
+    Args:
+        name: of RELEASES.
+    """
+    if data_dir.name in (RELEASES[name].python_folder, RELEASES[name].binary_folder):
         data_dir = data_dir.parent
     try:
-        dataset = load_unpacked(data_dir, test)
+        dataset = load_unpacked(name, data_dir, test)
         if dataset is None:
-            unpack_archive(data_dir, download)
-            dataset = load_unpacked(data_dir, test)
+            unpack_archive(RELEASES[name], data_dir, download)
+            dataset = load_unpacked(name, data_dir, test)
     except OSError as error:
         raise InputError(
             f"data_dir: {error.filename or data_dir} cannot be read or written ({error.strerror});"
@@ -237,14 +331,15 @@ def load_cifar10(data_dir: Path, download: bool, test: bool = True) -> Dataset:
     return dataset
 
 
-def load_unpacked(data_dir: Path, test: bool) -> Dataset | None:
+def load_unpacked(name: str, data_dir: Path, test: bool) -> Dataset | None:
     """Load the unpacked files in `data_dir`; None if none are there that could be loaded."""
-    for folder in places(data_dir, BINARY_FOLDER):
-        if any(is_there(folder / name) for name in BINARY_SHA1):
-            return load_cifar10_binary(folder, test)
-    for folder in places(data_dir, PYTHON_FOLDER):
-        if not python_damage(folder):
-            return load_cifar10_python(folder, test)
+    release = RELEASES[name]
+    for folder in places(data_dir, release.binary_folder):
+        if any(is_there(folder / file) for file in release.binary_files):
+            return load_binary(name, folder, test)
+    for folder in places(data_dir, release.python_folder):
+        if not python_damage(release, folder):
+            return load_python(name, folder, test)
     return None
 
 
@@ -266,32 +361,33 @@ def is_there(path: Path) -> bool:
     return True
 
 
-def unpack_archive(data_dir: Path, download: bool) -> None:
+def unpack_archive(release: Release, data_dir: Path, download: bool) -> None:
     """Unpack an official archive in `data_dir`; without a sound one, download it.
 
     Raises:
         InputError: there is none, and it may not or could not be downloaded.
         OSError: it cannot be read or unpacked.
     """
-    from torchvision.datasets import CIFAR10, utils
+    from torchvision.datasets import utils
 
-    problems = []
-    for name, md5 in ((CIFAR10.filename, CIFAR10.tgz_md5), (BINARY_ARCHIVE, BINARY_MD5)):
+    official, problems = release.torchvision, []
+    archives = (official.filename, official.tgz_md5), (release.binary_archive, release.binary_md5)
+    for name, md5 in archives:
         if utils.check_integrity(data_dir / name, md5):
             utils.extract_archive(data_dir / name, data_dir)
             return
         if is_there(data_dir / name):
             problems.append(f"{data_dir / name} is damaged (its MD5 is not the official one)")
-    for folder in places(data_dir, PYTHON_FOLDER):
-        if any(is_there(folder / name) for name, _ in CIFAR10.train_list):
-            problems.append(python_damage(folder))
-    problem = problems[0] if problems else f"no CIFAR-10 in {data_dir}"
+    for folder in places(data_dir, release.python_folder):
+        if any(is_there(folder / name) for name, _ in official.train_list):
+            problems.append(python_damage(release, folder))
+    problem = problems[0] if problems else f"no {release.title} in {data_dir}"
     if download:
         if problems:
-            warn(f"data_dir: {problem}; downloading CIFAR-10 again")
+            warn(f"data_dir: {problem}; downloading {release.title} again")
         folder_is_new = not is_there(data_dir)
         try:
-            utils.download_and_extract_archive(CIFAR10.url, data_dir, md5=CIFAR10.tgz_md5)
+            utils.download_and_extract_archive(official.url, data_dir, md5=official.tgz_md5)
             return
         except (OSError, RuntimeError) as error:
             problem += f", and the download failed ({first_line(error)})"
@@ -300,16 +396,16 @@ def unpack_archive(data_dir: Path, download: bool) -> None:
                     data_dir.rmdir()
     raise InputError(
         f"data_dir: {problem}; {'' if download else 'allow its download, or '}put"
-        f" {CIFAR10.filename} (MD5 {CIFAR10.tgz_md5}) or {BINARY_FOLDER}/ into {data_dir}; or run"
-        " `python train.py demo`, which needs no download"
+        f" {official.filename} (MD5 {official.tgz_md5}) or {release.binary_folder}/ into"
+        f" {data_dir}; or run `python train.py demo`, which needs no download"
     )
 
 
-def python_damage(folder: Path) -> str | None:
+def python_damage(release: Release, folder: Path) -> str | None:
     """Describe what is wrong with a file of the layout for Python; None if all are official."""
-    from torchvision.datasets import CIFAR10, utils
+    from torchvision.datasets import utils
 
-    for name, md5 in (*CIFAR10.train_list, *CIFAR10.test_list):
+    for name, md5 in (*release.torchvision.train_list, *release.torchvision.test_list):
         path = folder / name
         if not is_there(path):
             return f"{path} is missing"
@@ -318,73 +414,75 @@ def python_damage(folder: Path) -> str | None:
     return None
 
 
-def load_cifar10_python(folder: Path, test: bool = True) -> Dataset:
-    """Load CIFAR-10 in the layout for Python: six pickles, which must be known to be official."""
-    from torchvision.datasets import CIFAR10
-
-    splits = []
-    for files in (CIFAR10.train_list, CIFAR10.test_list)[: 1 + test]:
+def load_python(name: str, folder: Path, test: bool = True) -> Dataset:
+    """Load CIFAR in the layout for Python: pickles, which must be known to be official."""
+    release, splits = RELEASES[name], []
+    for files in (release.torchvision.train_list, release.torchvision.test_list)[: 1 + test]:
         with warnings.catch_warnings(action="ignore"):  # NumPy 2.4.0 to 2.4.4 warn
             batches = [
-                pickle.loads((folder / name).read_bytes(), encoding="latin1") for name, _ in files
+                pickle.loads((folder / file).read_bytes(), encoding="latin1") for file, _ in files
             ]
         images = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
-        labels = [label for batch in batches for label in batch["labels"]]
+        labels = [label for batch in batches for label in batch[release.python_labels]]
         splits.append(Split(torch.from_numpy(images), torch.tensor(labels)))
-    return make_dataset("cifar10", *splits)
+    return make_dataset(name, *splits)
 
 
-def load_cifar10_binary(folder: Path, test: bool = True) -> Dataset:
-    """Load CIFAR-10 in the official binary layout: six files of 10,000 records, label then pixels.
+def load_binary(name: str, folder: Path, test: bool = True) -> Dataset:
+    """Load CIFAR in the official binary layout: files of records, labels then pixels.
 
     Files whose SHA-1 is not the official one are reported in a warning, and recorded.
     """
-    *training, last = BINARY_SHA1
+    release = RELEASES[name]
+    *training, last = release.binary_files
     names = [*training, last] if test else training
-    files = {name: read_binary(folder / name) for name in names}
+    files = {file: read_binary(name, folder / file) for file in names}
     unofficial = tuple(
-        name
-        for name, records in files.items()
-        if hashlib.sha1(records, usedforsecurity=False).hexdigest() != BINARY_SHA1[name]
+        file
+        for file, records in files.items()
+        if hashlib.sha1(records, usedforsecurity=False).hexdigest() != release.binary_files[file][1]
     )
     if unofficial:
         warn(
-            f"{folder}: {len(unofficial)} of {len(files)} files differ from the official CIFAR-10"
-            " (SHA-1); recorded with the model"
+            f"{folder}: {len(unofficial)} of {len(files)} files differ from the official"
+            f" {release.title} (SHA-1); recorded with the model"
         )
     batches = [torch.from_numpy(records) for records in files.values()]
+    labels = release.label_bytes
     splits = [
-        Split(records[:, 1:].reshape(-1, 3, 32, 32).contiguous(), records[:, 0].long())
+        Split(
+            records[:, labels:].reshape(-1, 3, 32, 32).contiguous(), records[:, labels - 1].long()
+        )
         for records in (torch.cat(batches[: len(training)]), *batches[len(training) :])
     ]
-    return make_dataset("cifar10", *splits, unofficial=unofficial)
+    return make_dataset(name, *splits, unofficial=unofficial)
 
 
-def read_binary(path: Path) -> np.ndarray:
-    """Read the records of a binary file, (10000, 3073) uint8.
+def read_binary(name: str, path: Path) -> np.ndarray:
+    """Read the records of a binary file, such as (10000, 3073) uint8.
 
     Raises:
         InputError: the file cannot be read, is truncated, or holds something else.
     """
+    release = RELEASES[name]
+    again = f"unpack {release.title}'s binary version there again"
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise InputError(
-            f"data_dir: cannot read {path} ({error.strerror}); unpack CIFAR-10's binary version"
-            " there again"
-        ) from None
-    expected = IMAGES_PER_FILE * RECORD_BYTES
+        raise InputError(f"data_dir: cannot read {path} ({error.strerror}); {again}") from None
+    expected = release.binary_files[path.name][0] * release.record_bytes
     if len(content) != expected:
         raise InputError(
             f"data_dir: {path} has {len(content):,} bytes instead of {expected:,}; it is truncated"
-            " or foreign: unpack CIFAR-10's binary version there again"
+            f" or foreign: {again}"
         )
-    records = np.frombuffer(bytearray(content), np.uint8).reshape(-1, RECORD_BYTES)
-    worst = int(records[:, 0].argmax())
-    if records[worst, 0] > 9:
+    records = np.frombuffer(bytearray(content), np.uint8).reshape(-1, release.record_bytes)
+    labels, highest = records[:, release.label_bytes - 1], len(FACTS[name][0]) - 1
+    worst = int(labels.argmax())
+    if labels[worst] > highest:
         raise InputError(
-            f"data_dir: {path}, record {worst}: label {records[worst, 0]} is not 0 to 9; unpack"
-            " CIFAR-10's binary version there again"
+            f"data_dir: {path}, record {worst}: label {labels[worst]} is not 0 to {highest};"
+            f" {again}"
         )
     return records
 
@@ -401,12 +499,62 @@ def load_digits(test: bool = True) -> Dataset:
     return make_dataset("digits", train, held_out if test else None)
 
 
+def load_folder(data_dir: Path, test: bool = True) -> Dataset:
+    """Load pictures of the user's own from a folder for each class.
+
+    Without test folders, a fifth of each class is set aside. Mean and std are those of the training
+    images.
+    """
+    folders = find_splits(data_dir)
+    if folders[1] == data_dir / "test" and (data_dir / "val").is_dir():
+        warn(f"{data_dir / 'val'}: not used beside test; --val-size sets training images aside")
+    names, found = read_splits(*folders, with_test=test)
+    train, *tests = (Split(*pair) for pair in found)
+    train = train[torch.randperm(len(train), generator=generator("folder", SPLIT_SEED))]
+    if folders[1] is None:
+        train, held_out = set_fifth_aside(train)
+        tests = [held_out] if test else []
+    facts = (names, *mean_and_std(train.images))
+    return make_dataset("folder", train, *tests, facts=facts)
+
+
+def set_fifth_aside(split: Split) -> tuple[Split, Split]:
+    """Split off the first fifth of each class, at least one image. Returns (rest, split off)."""
+    held_out = torch.zeros(len(split), dtype=torch.bool)
+    for label in split.labels.unique():
+        (places,) = (split.labels == label).nonzero(as_tuple=True)
+        held_out[places[: max(1, round(len(places) / 5))]] = True
+    return split[~held_out], split[held_out]
+
+
+def mean_and_std(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std per channel over all pixels of (N, 3, S, S) uint8 images, scaled to [0, 1]."""
+    sums, squares = torch.zeros(2, 3, dtype=torch.long)  # exact, however many images there are
+    for batch in images.split(EVAL_BATCH):
+        values = batch.transpose(0, 1).flatten(1).long()
+        sums, squares = sums + values.sum(1), squares + (values**2).sum(1)
+    number = images[:, 0].numel()
+    mean = sums.double() / number
+    std = (squares.double() / number - mean**2).clamp(min=1).sqrt()  # of a single color: 1
+    return tuple(
+        tuple(round(value, 4) for value in (moment / 255).tolist()) for moment in (mean, std)
+    )
+
+
 def make_dataset(
-    name: str, train: Split, test: Split | None = None, unofficial: tuple[str, ...] = ()
+    name: str,
+    train: Split,
+    test: Split | None = None,
+    facts: tuple[Sequence[str], Sequence[float], Sequence[float]] | None = None,
+    unofficial: tuple[str, ...] = (),
 ) -> Dataset:
-    """Make a Dataset without a validation split."""
+    """Make a Dataset without a validation split.
+
+    Args:
+        facts: class names, mean and std, if they are not among FACTS.
+    """
     test = train[:0] if test is None else test
-    class_names, mean, std = FACTS[name]
+    class_names, mean, std = facts or FACTS[name]
     return Dataset(
         name=name,
         class_names=tuple(class_names),
@@ -455,6 +603,12 @@ def check_size(name: str, size: int, dataset: Dataset) -> None:
             f"{name}: {size} of {num_images:,} training images; use 0, or {num_classes} to"
             f" {num_images - num_classes:,}"
         )
+    fewest = dataset.train.labels.bincount(minlength=num_classes).argmin()
+    if (dataset.train.labels == fewest).sum() < 2:
+        raise InputError(
+            f"{name}: {size}, but there is one training image alone of"
+            f" {dataset.class_names[fewest]}, which cannot be divided; add some, or use 0"
+        )
 
 
 def stratified(split: Split, size: int) -> tuple[Split, Split]:
@@ -472,5 +626,6 @@ def fingerprint(*splits: Split) -> str:
     digest = hashlib.sha256()
     for split in splits:
         digest.update(split.images.numpy())
-        digest.update(split.labels.to(torch.uint8).numpy())
+        kind = torch.int16 if (split.labels > 255).any() else torch.uint8
+        digest.update(split.labels.to(kind).numpy())
     return digest.hexdigest()

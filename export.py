@@ -33,8 +33,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from config import Config
-from data import EVAL_BATCH, Normalize, Split, load_dataset, stratified
+from data import EVAL_BATCH, Normalize, Split, data_config, load_dataset, stratified
 from engine.checkpoint import find_checkpoint, load_model
 from engine.distributed import keep_freed_memory
 from engine.script import plain_arguments
@@ -94,7 +93,7 @@ def export(
     out: Path = Path("export"),
     limit: int = 0,
     max_drop: float = 0.2,
-    data_dir: str = "data",
+    data_dir: str = "",
     download: bool = True,
 ) -> list[Verdict]:
     """Export a saved network for apps, and check each file in its real runtime.
@@ -105,7 +104,7 @@ def export(
         out: Folder for the files, which are named after the network.
         limit: Check on this many test images only; 0 for all.
         max_drop: Points of accuracy that a format may lose; one that loses more is not written.
-        data_dir: Folder of CIFAR-10, which is downloaded into it if it is not there.
+        data_dir: Folder of the data; by default `data`, or where your own pictures were.
         download: Download CIFAR-10 if it is not in data_dir.
 
     Returns:
@@ -120,8 +119,7 @@ def export(
     formats = check_libraries(format)
     path = find_checkpoint(checkpoint)
     model, info = load_model(path)
-    config = Config(dataset=info.get("dataset"), data_dir=data_dir, download=download)
-    data = load_dataset(config)
+    data = load_dataset(data_config(info, data_dir, download))
     if out.exists() and not out.is_dir():
         raise InputError(f"out: {out} is a file; name a folder")
     keep_freed_memory()  # as in a training, for the times of PyTorch

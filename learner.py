@@ -17,6 +17,7 @@ from data import Batch, Dataset
 from engine import distributed
 from engine.layers import FasterLayers
 from engine.recorded import Recorded
+from engine.start import Start
 from model import ResNet
 from utils import InputError, derive_seed, first_line
 
@@ -30,12 +31,19 @@ class Learner:
     Attributes:
         model: the network that is trained.
         eval_model: the network to be tested and saved: the average if there is one, else `model`.
+
+    Args:
+        start: the weights to start from, instead of random ones.
     """
 
-    def __init__(self, config: Config, data: Dataset, device: torch.device) -> None:
+    def __init__(
+        self, config: Config, data: Dataset, device: torch.device, start: Start | None = None
+    ) -> None:
         self.config, self.steps = config, 0
         self.steps_per_epoch = steps_per_epoch(config, len(data.train))
         self.model = make_model(config, data, device)
+        if start:
+            start.fill(self.model, data.class_names)
         distributed.synchronize(self.model)
         self.ema = make_average(self.model, config.ema_decay) if config.ema_decay else None
         self.eval_model = self.ema.module if self.ema else self.model

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor, nn
 
-from config import Config, Recipe
-from data import APPROXIMATE_COPY, Dataset, Normalize, fingerprint, load_dataset
+from config import Recipe
+from data import APPROXIMATE_COPY, Dataset, Normalize, data_config, fingerprint, load_dataset
 from engine import plots
 from engine.checkpoint import find_checkpoint, load_model
 from engine.distributed import init_processes
@@ -41,6 +41,7 @@ from model import Architecture, model_cost
 from utils import CHECKPOINTS, InputError, check_output, printable, read_csv, warn, write_json
 
 NUM_MISTAKES = 24  # in the figure of the mistakes
+MAX_ROWS = 20  # of the table of classes
 
 
 def test(
@@ -49,7 +50,7 @@ def test(
     tta: bool = False,
     compare: str = "",
     json: str = "",
-    data_dir: str = "data",
+    data_dir: str = "",
     download: bool = True,
 ) -> dict[str, object]:
     """Accuracy, loss, calibration, confusion matrix and cost of a saved network.
@@ -60,7 +61,7 @@ def test(
         compare: Another checkpoint: do the two differ by more than chance? If both names stand for
             several runs, NAME-0, NAME-1, ..., the means of their accuracies are compared.
         json: Also write the result to this file.
-        data_dir: Folder of CIFAR-10, which is downloaded into it if it is not there.
+        data_dir: Folder of the data; by default `data`, or where your own pictures were.
         download: Download CIFAR-10 if it is not in data_dir.
 
     Returns:
@@ -79,8 +80,7 @@ def test(
     other_path = find_checkpoint(Path(compare)) if compare else None
     model, info = load_model(path)
     other, other_info = load_model(other_path) if compare else (None, None)
-    config = Config(dataset=info.get("dataset"), data_dir=data_dir, download=download)
-    data = load_dataset(config)
+    data = load_dataset(data_config(info, data_dir, download))
     check_data(path, info, data)
     if compare:
         check_data(other_path, other_info, data)
@@ -169,6 +169,12 @@ def check_data(path: Path, info: dict[str, object], data: Dataset) -> None:
     # A search reads no test images, so the fingerprint of its networks is that of the others.
     if trained_with == data.fingerprint or trained_with == fingerprint(data.train):
         return
+    if data.name == "folder":
+        warn(
+            f"the pictures are not those that {path} was trained with; some that it was trained on"
+            " may be in the test now"
+        )
+        return
     copies = {
         "official" if info.get("unofficial_data_files") == [] else trained_with,
         data.fingerprint if data.unofficial else "official",
@@ -241,16 +247,26 @@ def confusion_matrix(logits: Tensor, labels: Tensor) -> np.ndarray:
 
 
 def print_per_class(counts: np.ndarray, class_names: tuple[str, ...]) -> None:
-    """Print each class's accuracy, and the class that it is most often taken for."""
-    width = max(map(len, class_names))
+    """Print each class's accuracy, and the class that it is most often taken for.
+
+    Of many classes, those of the lowest accuracies are printed.
+    """
+    totals, right = counts.sum(axis=1), counts.diagonal()
+    classes = range(len(class_names))
+    if len(classes) > MAX_ROWS:
+        classes = np.argsort(right / totals.clip(min=1), kind="stable")[:MAX_ROWS]
+        print(f"\nthe {MAX_ROWS} of {len(class_names):,} classes with the lowest accuracies:")
+    width = max(len(class_names[i]) for i in classes)
     print(f"\n{'class':{width}}  correct     of  accuracy  most often taken for")
-    for i, name in enumerate(class_names):
+    for i in classes:
         wrong = counts[i].copy()
         wrong[i] = 0
         confused = f"{class_names[wrong.argmax()]} ({wrong.max()})" if wrong.any() else "-"
-        total = counts[i].sum()
-        accuracy = f"{100 * counts[i, i] / max(total, 1):.2f}%"
-        print(f"{name:{width}}  {counts[i, i]:7,d}  {total:5,d}  {accuracy:>8}  {confused}")
+        accuracy = f"{100 * right[i] / max(totals[i], 1):.2f}%"
+        line = (
+            f"{class_names[i]:{width}}  {right[i]:7,d}  {totals[i]:5,d}  {accuracy:>8}  {confused}"
+        )
+        print(printable(line))
     print()
 
 

@@ -20,14 +20,16 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from config import Config, check_config, parse_command_line
-from data import Dataset, check_data, load_dataset, train_batches
+from data import Dataset, check_data, load_dataset, num_classes_of, train_batches
 from engine import distributed
 from engine.evaluate import Score, classify, evaluate, fit_temperature, summary
 from engine.progress import Row
 from engine.run import Run, end_by_signal, how_to_go_on
 from engine.script import stop_signals
+from engine.start import Start
 from engine.teacher import Teacher
 from learner import Learner, Proxy
+from model import check_budget
 from utils import CHECKPOINTS, InputError
 
 
@@ -55,18 +57,20 @@ def train(
     check_config(config)
     if config.seeds > 1:
         raise InputError(f"seeds: train takes one, not {config.seeds}; call train_seeds")
+    config = with_classes(config, data)
     device = distributed.init_processes(config.deterministic)
     run = Run(config, report)  # refuses at once to overwrite a run, or to mix up two
+    start = Start(config) if config.init else None
     if data is None:
         with distributed.first_on_each_machine():
             data = load_dataset(config)
     check_data(config, data)
-    data = data.to(device)
+    data = start.normalized(data).to(device) if start else data.to(device)
 
-    learner = Learner(config, data, device)
+    learner = Learner(config, data, device, start)
     proxy = Proxy(config, data, device) if config.keep_fraction < 1 else None
     teacher = Teacher(config, data, device) if config.teacher else None
-    with run.opened(data, learner, proxy, teacher):  # locked, and resumed if there is a saved state
+    with run.opened(data, learner, proxy, teacher, start):  # locked, and resumed from a saved state
         while run.epoch < config.epochs:
             answers = teacher.answers(run.epoch + 1, run.stop_if_asked) if teacher else None
             batches = train_batches(data, config, run.epoch + 1, run.step, answers)
@@ -86,6 +90,18 @@ def train(
     return run.log, test
 
 
+def with_classes(config: Config, data: Dataset | None = None) -> Config:
+    """The configuration with the number of classes that its data has.
+
+    Raises:
+        InputError: the data has no classes, or so many that the network is over the budget.
+    """
+    num_classes = len(data.class_names) if data else num_classes_of(config)
+    config = replace(config, num_classes=num_classes)
+    check_budget(config, config.max_params)
+    return config
+
+
 def train_seeds(config: Config) -> list[Score]:
     """Train `config.seeds` networks that differ in their seed; returns their test scores.
 
@@ -98,7 +114,7 @@ def train_seeds(config: Config) -> list[Score]:
         DivergenceError: a loss is no longer finite; the runs before it are complete.
         StoppedError: a signal asked to end; --resume goes on.
     """
-    configs = []
+    config, configs = with_classes(config), []
     for seed in range(config.seed, config.seed + config.seeds):
         configs.append(replace(config, name=f"{config.name}-{seed}", seed=seed, seeds=1))
         check_config(configs[-1])

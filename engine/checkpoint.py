@@ -73,9 +73,9 @@ def check_metadata(metadata: dict[str, object]) -> None:
     """Raise InputError, KeyError or TypeError if the metadata is incomplete or out of range."""
     if len(metadata["class_names"]) != metadata["architecture"]["num_classes"]:
         raise InputError("as many class_names as num_classes are needed")
-    texts = *metadata["class_names"], metadata.get("dataset", "")
+    texts = *metadata["class_names"], metadata.get("dataset", ""), metadata.get("data_dir", "")
     if not all(isinstance(text, str) for text in texts):
-        raise InputError("class_names and dataset must be texts")
+        raise InputError("class_names, dataset and data_dir must be texts")
     for name, low in (("mean", 0), ("std", 1e-6)):
         red, green, blue = metadata[name]
         for value in (red, green, blue):

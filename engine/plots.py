@@ -75,20 +75,28 @@ def confusion_matrix(
 ) -> None:
     """Counts of (true class, predicted class), (C, C), shaded by fraction of the true class."""
     fractions = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
-    figure = Figure(figsize=(7, 6.2), layout="constrained")
+    number = len(class_names)
+    many = number > 20  # then the counts would not be legible
+    side = min(6.2 + 0.08 * number * many, 24)  # inches
+    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
     axes = figure.subplots()
     # The square root spreads out the few percent in which classes differ.
     axes.imshow(np.sqrt(fractions), cmap="Blues", vmin=0, vmax=1)
-    for (true, predicted), count in np.ndenumerate(counts):
+    for (true, predicted), count in () if many else np.ndenumerate(counts):
         if count:
             dark = np.sqrt(fractions[true, predicted]) > 0.6
             axes.text(
                 predicted, true, str(count), ha="center", va="center", fontsize=9,
                 color="white" if dark else "black",
             )  # fmt: skip
-    ticks = range(len(class_names))
-    axes.set_xticks(ticks, class_names, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(ticks, class_names)
+    ticks = range(0, number, 1 + number // 150)
+    names = [class_names[i] for i in ticks]
+    style = {"fontsize": 5 if many else None, "parse_math": False}
+    turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    if many:
+        turned = {"rotation": 90}
+    axes.set_xticks(ticks, names, **turned, **style)
+    axes.set_yticks(ticks, names, **style)
     axes.set(xlabel="predicted class", ylabel="true class")
     axes.set_title(title, parse_math=False)
     save(figure, path)
@@ -135,5 +143,6 @@ def mistakes(images: np.ndarray, captions: list[str], path: str | Path, title: s
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         left, top = 0.06 + 1.666 * (i % 6), 0.7 + 1.93 * (i // 6)
         axes.imshow(image, extent=(left, left + 1.55, top + 1.55, top), aspect="auto")
-        axes.text(left + 0.775, top - 0.07, caption, ha="center", fontsize=8)
+        size = 8 * min(1, 26 / max(map(len, caption.splitlines())))  # so that it fits
+        axes.text(left + 0.775, top - 0.07, caption, ha="center", fontsize=size, parse_math=False)
     save(figure, path)

@@ -13,7 +13,7 @@ from config import Config, image_size, images_per_epoch, steps_per_epoch
 from data import Dataset
 from engine.distributed import compute_dtype, dtype_name, is_main, num_processes
 from model import model_cost
-from utils import duration, warn
+from utils import duration, printable, warn
 
 TIMED_STEPS = 4  # after the first two, for the estimate: a proxy learns in one of as many
 FINISH_SECONDS = 60  # for Weights & Biases to send the rest
@@ -38,6 +38,10 @@ def print_plan(config: Config, data: Dataset, device: torch.device, position: st
         f"{data.name}: {len(data.train):,} training, {len(data.val):,} validation and"
         f" {len(data.test):,} test images"
     )
+    if data.name == "folder":
+        names = data.class_names
+        shown = ", ".join(names) if len(names) <= 20 else f"{names[0]} to {names[-1]}"
+        print(printable(f"{len(names):,} classes: {shown}"))
     processes = num_processes()
     number = f" in {processes} processes" if processes > 1 else ""
     dtype = dtype_name(compute_dtype(device, config.bfloat16))
@@ -46,6 +50,8 @@ def print_plan(config: Config, data: Dataset, device: torch.device, position: st
     if config.teacher:
         number = config.teacher_views or "new"
         print(f"teacher: {config.teacher}, {number} views of each image")
+    if config.init:
+        print(f"init: the weights of {config.init}")
     annealed, cycle = config.epochs - config.warmup_epochs, config.restart_epochs
     if config.schedule == "cosine_restarts" and annealed % cycle:
         warn(

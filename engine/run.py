@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import filelock
@@ -30,6 +31,7 @@ from engine.distributed import (
 from engine.evaluate import Score
 from engine.progress import Progress, Row, WandbRun, print_plan
 from engine.script import stop_signals
+from engine.start import Start
 from engine.teacher import Teacher
 from learner import Learner, Proxy
 from model import Architecture
@@ -144,6 +146,7 @@ class Run:
         learner: Learner,
         proxy: Proxy | None = None,
         teacher: Teacher | None = None,
+        start: Start | None = None,
     ) -> Iterator[None]:
         """Within the block, the folder is locked, and stop signals are noted.
 
@@ -156,7 +159,7 @@ class Run:
             StoppedError: a signal asked to end; the state is saved.
         """
         self.data, self.learner = data, learner
-        parts = {"learner": learner, "proxy": proxy, "teacher": teacher}
+        parts = {"learner": learner, "proxy": proxy, "teacher": teacher, "start": start}
         self._parts = {name: part for name, part in parts.items() if part}
         self.progress = Progress(self.config, len(data.train))
         with lock_folder(self.folder), stop_signals:
@@ -371,9 +374,9 @@ class Run:
         if not is_main():
             return
         config, data, last = self.config, self.data, self.log[-1]
-        network = part_of(config, Architecture)
-        same = (n for n, preset in PRESETS.items() if part_of(preset, Architecture) == network)
+        same = (n for n, preset in PRESETS.items() if same_network(preset, config))
         dtype = compute_dtype(data.train.labels.device, config.bfloat16)
+        data_dir = str(Path(config.data_dir).expanduser().absolute())
         accuracy = {  # percent
             "train": last["train_accuracy"],  # of the augmented images, while training
             "val": last["val_accuracy"],
@@ -382,6 +385,7 @@ class Run:
         metadata = {
             "preset": next(same, "custom"),  # the preset with this architecture, if there is one
             "dataset": data.name,
+            **({"data_dir": data_dir} if data.name == "folder" else {}),
             "class_names": data.class_names,
             "mean": data.mean,
             "std": data.std,
@@ -389,6 +393,7 @@ class Run:
             "trained_in": dtype_name(dtype),
             "data_fingerprint": data.fingerprint,
             "teacher_sha256": self._parts["teacher"].sha256 if config.teacher else None,
+            **({"init": self._parts["start"].described} if config.init else {}),
             "unofficial_data_files": data.unofficial,
             "versions": library_versions(),
             "git_commit": git_commit(),
@@ -426,6 +431,12 @@ class Run:
             if self.step:  # otherwise the end of the last epoch is saved already
                 self._save()
             self._end_if_asked(stop_signals.received)
+
+
+def same_network(one: Config, other: Config) -> bool:
+    """True if two configurations have the same network but for the number of classes."""
+    one = replace(one, num_classes=other.num_classes)
+    return part_of(one, Architecture) == part_of(other, Architecture)
 
 
 def how_to_go_on(config: Config) -> str:

@@ -44,7 +44,7 @@ PER_STAGE = ("num_blocks", "channels", "conv_kernel", "skip_kernel")
 SHAPE = ("num_stages", "same_blocks", "num_blocks", "conv_kernel", "skip_kernel", "pooled_size")
 
 MAX_REJECTED = 2000  # samples in a row outside the limits, after which the search gives up
-VAL_SIZE = {"cifar10": 5000, "digits": 200}  # images
+VAL_SIZE = {"cifar10": 5000, "cifar100": 5000, "digits": 200, "folder": 100}  # images
 RESTARTS = 2  # cosines in a training with the schedule cosine_restarts
 
 Space = dict[str, tuple | list | range | LogUniform]
@@ -157,6 +157,7 @@ def base_config(search: Search, preset: str) -> Config:
         wandb=search.wandb,
         restart_epochs=-(-search.epochs // RESTARTS),  # rounded up: the last cosine may be shorter
         warmup_epochs=base.warmup_epochs * search.epochs // base.epochs,
+        init="",  # whose weights fit one network alone
         small_fraction=0.0,  # some networks would pool smaller images to fewer features
     )
 

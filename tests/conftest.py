@@ -24,7 +24,8 @@ from engine.script import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 HAS_CIFAR10 = any(
-    (ROOT / "data" / name).is_dir() for name in (data.BINARY_FOLDER, "cifar-10-batches-py")
+    (ROOT / "data" / name).is_dir()
+    for name in (data.RELEASES["cifar10"].binary_folder, data.RELEASES["cifar10"].python_folder)
 )
 TINY_LINE = (
     "demo --name tiny --batch-size 16 --epochs 3 --max-steps-per-epoch 3 --wandb disabled".split()
@@ -109,11 +110,12 @@ def demo(tmp_path_factory):
 @pytest.fixture(scope="session")
 def cifar10_bin(tmp_path_factory):
     """A data folder with the official binary layout, full size, filled with noise."""
-    folder = tmp_path_factory.mktemp("cifar10") / data.BINARY_FOLDER
+    release = data.RELEASES["cifar10"]
+    folder = tmp_path_factory.mktemp("cifar10") / release.binary_folder
     folder.mkdir()
     rng = np.random.default_rng(0)
-    for name in data.BINARY_SHA1:
-        shape = (data.IMAGES_PER_FILE, data.RECORD_BYTES)
+    for name, (number, _) in release.binary_files.items():
+        shape = (number, release.record_bytes)
         records = rng.integers(0, 256, shape, dtype=np.uint8)
         records[:, 0] %= 10
         records.tofile(folder / name)
@@ -147,3 +149,16 @@ def run_main(main, *args, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         run_script(main if isinstance(main, str) else main.__module__)
     return stop.value.code
+
+
+def make_pictures(folder, size=(40, 40), suffix="png", **numbers):
+    """Write so many pictures of each class, `cat=3`, into folders below `folder`.
+
+    Each is noise around a color of its class.
+    """
+    rng = np.random.default_rng(len(numbers))
+    for i, (name, number) in enumerate(numbers.items()):
+        (Path(folder) / name).mkdir(parents=True, exist_ok=True)
+        for j in range(number):
+            pixels = rng.integers(0, 100, (*size, 3)) + 50 * np.eye(4)[i % 4][:3]
+            Image.fromarray(pixels.astype(np.uint8)).save(Path(folder) / name / f"{j}.{suffix}")

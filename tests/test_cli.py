@@ -24,7 +24,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, command, run, run_main
+from conftest import ROOT, TINY, command, make_pictures, run, run_main
 
 import config as config_module
 import export
@@ -57,7 +57,7 @@ MISTAKES = [
     ("demo --max-params 9", ["max_params", "use fewer blocks or channels, or raise --max-params"]),
     # the data
     ("demo --flip random", ["flip", "--flip none"]),
-    ("demo --num-classes 7", ["num_classes", "7", "digits has 10"]),
+    ("demo --num-classes 7", ["num_classes", "follows from the data", "leave --num-classes out"]),
     ("demo --val-size 5", ["val_size", "5", "use 0, or 10 to 1,428"]),
     ("demo --train-size 1439", ["train_size", "1439", "or 10 to 1,428"]),
     ("demo --batch-size 1439", ["batch_size", "1439", "1,438", "use 1 to 1,438"]),
@@ -126,6 +126,51 @@ def test_mistake_is_one_line(line, words, monkeypatch, capsys):
     for name, text in FILES.items():
         Path(f"{name}.json").write_text(text)
     check_refusal(line, words, monkeypatch, capsys)
+
+
+BAD_FOLDERS = {  # what is there: pictures of each class below photos/, or another thing; words
+    "missing": ({}, ["photos does not exist", "a folder of pictures for each class"]),
+    "a file": (lambda: Path("photos").touch(), ["photos is a file where a folder should be"]),
+    "nothing in it": (lambda: Path("photos").mkdir(), ["photos holds no class folder", "put"]),
+    "pictures alone": ({".": 3}, ["photos holds no class folder; put a folder of pictures"]),
+    "hidden": ({".cat": 3, ".dog": 3}, ["photos holds no class folder"]),
+    "one class": ({"cat": 3}, ["photos holds one class folder alone, cat; add another"]),
+    "empty class": ({"cat": 3, "dog": 0}, ["photos/dog holds no picture", "put at least 2 there"]),
+    "one picture": ({"cat": 3, "dog": 1}, ["photos/dog holds one picture alone", "at least 2"]),
+    "too many": ({f"{i}": 0 for i in range(1001)}, ["1,001 class folders; use 2 to 1,000"]),
+    "train is a file": (
+        lambda: (make_pictures("photos", cat=2, dog=2), Path("photos/train").touch()),
+        ["photos/train is a file where a folder should be"],
+    ),
+    "one class to train on": ({"train/cat": 3}, ["photos/train holds one class folder alone, cat"]),
+    "no class to train on": (
+        lambda: (Path("photos/train").mkdir(parents=True), make_pictures("photos/test", cat=2)),
+        ["photos/train holds no class folder"],
+    ),
+    "untested class": (
+        {"train/cat": 2, "train/dog": 2, "test/cat": 2},
+        ["photos/test holds one class folder alone"],
+    ),
+    "unknown class": (
+        {"train/a": 2, "train/b": 2, "val/a": 2, "val/b": 2, "val/c": 2},
+        ["photos/val/c has no counterpart in photos/train"],
+    ),
+    "empty test class": (
+        {"train/a": 2, "train/b": 2, "test/a": 2, "test/b": 0},
+        ["photos/test/b holds no picture", "put at least 1 there"],
+    ),
+    "beside train and test": (
+        {"train/a": 2, "test/a": 2, "more": 2},
+        ["photos holds more beside train and test; move it"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("content", "words"), BAD_FOLDERS.values(), ids=BAD_FOLDERS)
+def test_folder_that_cannot_be_trained_on_is_one_line(content, words, monkeypatch, capsys):
+    make_pictures("photos", **content) if isinstance(content, dict) else content()
+    line = "demo --dataset folder --data-dir photos --batch-size 2 --name mine"
+    check_refusal(line, ["data_dir: ", *words], monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import hashlib
+import io
 import pickle
 import tarfile
 from dataclasses import replace
@@ -7,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torchvision
-from conftest import Bomb
+from conftest import Bomb, make_pictures
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -16,15 +16,18 @@ import augment
 import data
 from config import PRESETS, Config
 from data import Split, load_dataset, train_batches
+from engine.pictures import read_picture
 from utils import InputError, generator
 
 DIGITS = PRESETS["demo"]
+CIFAR10 = data.RELEASES["cifar10"]
 PLAIN = Config(crop_padding=0, rotation_degrees=0.0, flip="none")
 
 
 def cifar10(folder, **options):
-    """CIFAR-10 in a folder, if it is there."""
-    changes = {name: options.pop(name) for name in ("val_size", "download") if name in options}
+    """CIFAR-10, or CIFAR-100, in a folder, if it is there."""
+    names = ("dataset", "val_size", "download")
+    changes = {name: options.pop(name) for name in names if name in options}
     return load_dataset(Config(data_dir=str(folder), **{"download": False} | changes), **options)
 
 
@@ -78,11 +81,11 @@ def test_validation_split_that_cannot_be_stratified_is_refused(size):
 def test_binary_layout_is_read_whole_and_a_foreign_copy_is_noted(cifar10_bin, capsys):
     dataset = cifar10(cifar10_bin)
     assert (len(dataset.train), len(dataset.test)) == (50_000, 10_000)
-    record = np.fromfile(cifar10_bin / data.BINARY_FOLDER / "data_batch_3.bin", np.uint8)
+    record = np.fromfile(cifar10_bin / CIFAR10.binary_folder / "data_batch_3.bin", np.uint8)
     record = record.reshape(-1, 3073)[1234]
     assert dataset.train.labels[21_234] == record[0]
     assert torch.equal(dataset.train.images[21_234].flatten(), torch.tensor(record[1:]))
-    assert dataset.unofficial == tuple(data.BINARY_SHA1)
+    assert dataset.unofficial == tuple(CIFAR10.binary_files)
     warning = capsys.readouterr().err
     assert warning.count("\n") == 1
     assert "6 of 6 files differ from the official" in warning
@@ -91,30 +94,48 @@ def test_binary_layout_is_read_whole_and_a_foreign_copy_is_noted(cifar10_bin, ca
 @pytest.fixture
 def tiny_cifar10(monkeypatch, tmp_path):
     """20 images a file, known to torchvision by their MD5, in both layouts."""
-    monkeypatch.setattr(data, "IMAGES_PER_FILE", 20)
+    return make_release("cifar10", monkeypatch, tmp_path)
+
+
+def make_release(name, monkeypatch, tmp_path):
+    """Write a tiny release, which becomes the official one; returns the folders of its layouts."""
+    release = data.RELEASES[name]
     archive, binary = tmp_path / "archive", tmp_path / "binary"
-    python_folder, binary_folder = archive / data.PYTHON_FOLDER, binary / data.BINARY_FOLDER
+    python_folder, binary_folder = archive / release.python_folder, binary / release.binary_folder
     python_folder.mkdir(parents=True)
     binary_folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    md5 = {}
-    for name in data.BINARY_SHA1:
-        records = rng.integers(0, 256, (20, data.RECORD_BYTES), dtype=np.uint8)
-        records[:, 0] %= 10
-        records.tofile(binary_folder / name)
-        batch = {"data": records[:, 1:], "labels": records[:, 0].tolist()}
+    md5, label = {}, release.label_bytes - 1
+    for file in release.binary_files:
+        records = rng.integers(0, 256, (20, release.record_bytes), dtype=np.uint8)
+        records[:, label] %= len(data.FACTS[name][0])
+        records.tofile(binary_folder / file)
+        batch = {
+            "data": records[:, label + 1 :],
+            release.python_labels: records[:, label].tolist(),
+        }
         # The flags are numbers, as in the official files: NumPy 2.4.0 to 2.4.4 warn about them.
         content = pickle.dumps(batch, 2).replace(b"\x89\x88\x87", b"K\x00K\x01\x87", 1)
-        (python_folder / name.removesuffix(".bin")).write_bytes(content)
-        md5[name.removesuffix(".bin")] = hashlib.md5(content).hexdigest()
+        (python_folder / file.removesuffix(".bin")).write_bytes(content)
+        md5[file.removesuffix(".bin")] = hashlib.md5(content).hexdigest()
     *train, test = md5.items()
-    cifar10 = torchvision.datasets.CIFAR10
-    monkeypatch.setattr(cifar10, "train_list", train)
-    monkeypatch.setattr(cifar10, "test_list", [test])
-    monkeypatch.setattr(cifar10, "tgz_md5", pack(python_folder, archive / cifar10.filename))
-    monkeypatch.setattr(data, "BINARY_MD5", pack(binary_folder, binary / data.BINARY_ARCHIVE))
-    monkeypatch.setattr(cifar10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")  # refuses
+    official = release.torchvision
+    monkeypatch.setattr(official, "train_list", train)
+    monkeypatch.setattr(official, "test_list", [test])
+    monkeypatch.setattr(official, "tgz_md5", pack(python_folder, archive / official.filename))
+    monkeypatch.setattr(official, "url", f"http://127.0.0.1:9/{official.filename}")  # refuses
+    change(
+        name,
+        monkeypatch,
+        binary_md5=pack(binary_folder, binary / release.binary_archive),
+        binary_files=dict.fromkeys(release.binary_files, (20, "another")),
+    )
     return archive, binary
+
+
+def change(name, monkeypatch, **fields):
+    """Change what is known of a release."""
+    monkeypatch.setitem(data.RELEASES, name, replace(data.RELEASES[name], **fields))
 
 
 def pack(folder, archive):
@@ -125,8 +146,12 @@ def pack(folder, archive):
 
 
 @pytest.mark.filterwarnings("error")
-def test_archive_and_binary_layout_are_the_same_data(tiny_cifar10):
-    archive, binary = (cifar10(folder) for folder in tiny_cifar10)
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_archive_and_binary_layout_are_the_same_data(name, monkeypatch, tmp_path):
+    layouts = make_release(name, monkeypatch, tmp_path)
+    archive, binary = (cifar10(folder, dataset=name) for folder in layouts)
+    assert len(archive.class_names) == data.num_classes_of(Config(dataset=name))
+    assert archive.train.labels.max() > len(archive.class_names) // 2
     assert torch.equal(archive.train.images, binary.train.images)
     assert torch.equal(archive.test.labels, binary.test.labels)
     assert archive.fingerprint == binary.fingerprint
@@ -135,13 +160,28 @@ def test_archive_and_binary_layout_are_the_same_data(tiny_cifar10):
     assert data.fingerprint(binary.train, changed) != binary.fingerprint
 
 
+def test_cifar100_has_100_classes_and_its_own_lines(monkeypatch, tmp_path, capsys):
+    _, folder = make_release("cifar100", monkeypatch, tmp_path)
+    names = cifar10(folder, dataset="cifar100").class_names
+    assert (len(set(names)), names) == (100, tuple(sorted(names)))
+    assert "differ from the official CIFAR-100" in capsys.readouterr().err
+    path = folder / "cifar-100-binary" / "train.bin"
+    content = bytearray(path.read_bytes())
+    content[3 * 3074 + 1] = 100  # the second of two labels
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"record 3: label 100 is not 0 to 99; unpack CIFAR-100's"):
+        cifar10(folder, dataset="cifar100")
+    with pytest.raises(InputError, match=r"no CIFAR-100 in x; .*put cifar-100-python\.tar\.gz"):
+        cifar10("x", dataset="cifar100")
+
+
 def test_a_tilde_is_the_home_folder_and_official_files_are_not_noted(
     tiny_cifar10, monkeypatch, capsys
 ):
     _, binary = tiny_cifar10
-    files = [binary / data.BINARY_FOLDER / name for name in data.BINARY_SHA1]
-    sha1 = {path.name: hashlib.sha1(path.read_bytes()).hexdigest() for path in files}
-    monkeypatch.setattr(data, "BINARY_SHA1", sha1)
+    files = [binary / CIFAR10.binary_folder / name for name in CIFAR10.binary_files]
+    sha1 = {path.name: (20, hashlib.sha1(path.read_bytes()).hexdigest()) for path in files}
+    change("cifar10", monkeypatch, binary_files=sha1)
     monkeypatch.setenv("HOME", str(binary))
     assert cifar10("~").unofficial == ()
     assert capsys.readouterr().err == ""
@@ -150,7 +190,7 @@ def test_a_tilde_is_the_home_folder_and_official_files_are_not_noted(
 def test_without_test_images_the_rest_is_the_same_and_their_file_is_not_read(tiny_cifar10):
     archive, binary = tiny_cifar10
     whole = cifar10(binary, val_size=20)
-    (binary / data.BINARY_FOLDER / "test_batch.bin").unlink()
+    (binary / CIFAR10.binary_folder / "test_batch.bin").unlink()
     for folder in (archive, binary):
         found = cifar10(folder, val_size=20, test=False)
         assert (len(found.train), len(found.val), len(found.test)) == (80, 20, 0)
@@ -162,7 +202,9 @@ def test_without_test_images_the_rest_is_the_same_and_their_file_is_not_read(tin
 
 
 LAYOUTS = pytest.mark.parametrize(
-    ("layout", "name"), [(0, data.PYTHON_FOLDER), (1, data.BINARY_FOLDER)], ids=["python", "binary"]
+    ("layout", "name"),
+    [(0, CIFAR10.python_folder), (1, CIFAR10.binary_folder)],
+    ids=["python", "binary"],
 )
 
 
@@ -245,13 +287,13 @@ def damaged(path, how):
     if how == "truncated":
         content = content[:-1]
     elif how == "a record short":
-        content = content[: -data.RECORD_BYTES]
+        content = content[: -CIFAR10.record_bytes]
     elif how == "cifar100":  # two label bytes a record
-        content += bytes(data.IMAGES_PER_FILE)
+        content += bytes(20)
     elif how == "empty":
         content = b""
     elif how == "label":
-        content[5 * data.RECORD_BYTES] = 10
+        content[5 * CIFAR10.record_bytes] = 10
     path.write_bytes(content)
 
 
@@ -260,7 +302,7 @@ def damaged(path, how):
 )
 def test_damaged_binary_file_is_refused_by_name(tiny_cifar10, how):
     _, folder = tiny_cifar10
-    path = folder / data.BINARY_FOLDER / "data_batch_4.bin"
+    path = folder / CIFAR10.binary_folder / "data_batch_4.bin"
     path.unlink() if how == "missing" else damaged(path, how)
     with pytest.raises(InputError, match=r"^data_dir: .*data_batch_4\.bin") as error:
         cifar10(folder)
@@ -270,8 +312,113 @@ def test_damaged_binary_file_is_refused_by_name(tiny_cifar10, how):
 
 
 def test_unknown_dataset_is_refused():
-    with pytest.raises(InputError, match="dataset: 'mnist' is not one of cifar10, digits"):
+    with pytest.raises(
+        InputError, match="dataset: 'mnist' is not one of cifar10, cifar100, digits, folder"
+    ):
         load_dataset(replace(DIGITS, dataset="mnist"))
+
+
+# ---------------------------------------------------------------- pictures of one's own
+
+
+def folder(path="photos", **options):
+    """The class folders in a folder."""
+    changes = {name: options.pop(name) for name in ("val_size",) if name in options}
+    return load_dataset(Config(dataset="folder", data_dir=str(path), **changes), **options)
+
+
+def as_bytes(images):
+    return sorted(image.numpy().tobytes() for image in images)
+
+
+def test_class_folders_are_read_as_predict_reads_them_and_a_fifth_is_for_the_test():
+    make_pictures("photos", size=(50, 70), dog=10, cat=4)
+    make_pictures("photos/cat", suffix="jpg", **{"deep/er": 2, ".hidden": 2})
+    found = folder()
+    assert found.class_names == ("cat", "dog")
+    assert data.num_classes_of(Config(dataset="folder", data_dir="photos")) == 2
+    assert found.train.labels.bincount().tolist() == [5, 8]
+    assert found.test.labels.bincount().tolist() == [1, 2]
+    for label, name in enumerate(found.class_names):
+        seen = [s.images[s.labels == label] for s in (found.train, found.test)]
+        paths = [path for path in Path("photos", name).rglob("*.*g") if "hidden" not in str(path)]
+        expected = [read_picture(io.BytesIO(path.read_bytes())) for path in paths]
+        assert as_bytes(torch.cat(seen)) == as_bytes(expected)
+    pixels = found.train.images / 255
+    assert found.mean == pytest.approx(pixels.mean(dim=(0, 2, 3)).tolist(), abs=1e-4)
+    assert found.std == pytest.approx(pixels.std(dim=(0, 2, 3)).tolist(), abs=1e-3)
+    again, without = folder(), folder(test=False)
+    assert again.fingerprint == found.fingerprint
+    assert torch.equal(again.test.images, found.test.images)
+    assert torch.equal(without.train.images, found.train.images)
+    assert len(without.test) == 0
+
+
+@pytest.mark.parametrize("tested", ["test", "val"])
+def test_train_and_test_folders_stay_apart(tested, capsys):
+    make_pictures("photos/train", cat=3, dog=4)
+    make_pictures(f"photos/{tested}", cat=1, dog=2)
+    found = folder()
+    assert (len(found.train), len(found.test)) == (7, 3)
+    assert folder(test=False).mean == found.mean
+    assert len(folder(test=False).test) == 0
+    assert len(folder("photos/train").test) == 2
+    assert capsys.readouterr().err == ""
+    make_pictures("photos/val", cat=1, dog=2)
+    make_pictures("photos/test", cat=3, dog=2)
+    assert len(folder().test) == 5
+    assert "not used beside test" in capsys.readouterr().err
+    make_pictures("vehicles", train=3, plane=3)
+    assert folder("vehicles").class_names == ("plane", "train")
+
+
+def test_files_that_are_no_pictures_are_left_out_with_a_line_each_and_a_count(capsys):
+    make_pictures("photos", cat=5, dog=5)
+    Path("photos/cat/notes.txt").write_text("of cats")
+    Path("photos/dog/broken.jpg").write_bytes(b"no picture")
+    Path("photos/dog/1.png").write_bytes(Path("photos/dog/1.png").read_bytes()[:300])
+    Path("photos/README.md").write_text("beside the classes")
+    found = folder()
+    assert len(found.train) + len(found.test) == 9
+    *lines, last = sorted(capsys.readouterr().err.splitlines(), key=lambda line: "data_dir" in line)
+    assert len(lines) == 3
+    for line, name in zip(
+        sorted(lines), ["cat/notes.txt", "dog/1.png", "dog/broken.jpg"], strict=True
+    ):
+        assert line.startswith(f"warning: {Path('photos', name)}: ")
+        assert line.endswith("; left out")
+    assert last == "warning: data_dir: 3 of 12 files are no pictures, and are left out"
+    for i in range(2, 5):
+        Path(f"photos/dog/{i}.png").write_bytes(b"")
+    with pytest.raises(InputError, match=r"^data_dir: .*dog holds one picture alone"):
+        folder()
+
+
+def test_validation_images_of_a_class_of_one_are_refused():
+    make_pictures("photos", cat=9, dog=2)
+    with pytest.raises(InputError, match=r"^val_size: 2, .* one training image alone of dog"):
+        folder(val_size=2)
+    make_pictures("photos", cat=9, dog=9)
+    assert len(folder(val_size=2).val) == 2
+
+
+def test_digits_in_class_folders_are_the_digits():
+    digits = load_dataset(DIGITS)
+    images = torch.cat([digits.train.images, digits.test.images])
+    labels = torch.cat([digits.train.labels, digits.test.labels])
+    for i in range(0, len(labels), 20):
+        path = Path("photos", str(int(labels[i])), f"{i}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[i].permute(1, 2, 0).numpy()).save(path)
+    found = folder()
+    assert found.class_names == digits.class_names
+    assert as_bytes([*found.train.images, *found.test.images]) == as_bytes(images[::20])
+
+
+def test_fingerprint_depends_on_each_of_1000_classes():
+    split = Split(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([300, 5]))
+    other = replace(split, labels=torch.tensor([300 - 256, 5]))
+    assert data.fingerprint(split) != data.fingerprint(other)
 
 
 # ---------------------------------------------------------------- batches

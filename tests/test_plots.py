@@ -43,6 +43,9 @@ FIGURES = {
         {"$A$": [log(9, True), log(8, True)], "_B": [log(40, True)] * 3}, "val", path
     ),
     "confusion": lambda path: plots.confusion_matrix(COUNTS, ["cat", "dog", "eel"], path, "title"),
+    "confusion of many": lambda path: plots.confusion_matrix(
+        np.eye(100, dtype=int) + 1, [f"class_$x_{i}" for i in range(100)], path, "title"
+    ),
     "calibration": lambda path: plots.calibration(bins(), path, "title"),
     "mistakes": lambda path: plots.mistakes(PICTURES, [f"cat {i}" for i in range(8)], path, "all"),
     "no mistakes": lambda path: plots.mistakes(PICTURES[:0], [], path, "none"),

@@ -18,6 +18,7 @@ from PIL import ExifTags, Image, TiffImagePlugin
 import predict
 from data import Normalize
 from engine.checkpoint import save_model
+from engine.pictures import read_picture
 from model import Architecture, ResNet
 from utils import read_csv
 
@@ -57,7 +58,7 @@ def seen(image, resize="crop", **options):
     file = io.BytesIO()
     image.save(file, options.pop("format", "PNG"), **options)
     file.seek(0)
-    return predict.read_picture(file, resize).int()
+    return read_picture(file, resize).int()
 
 
 def png_of(depth, kind, samples, **chunks):
@@ -152,11 +153,11 @@ def test_gray_of_32_bits_has_the_range_of_its_own_values():
 def test_rare_tiffs_of_gray_are_gray():
     twelve = np.packbits(np.tile([0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0], 32 * 32)).tobytes()  # 128
     content = tiff_of(twelve, BitsPerSample=12)
-    assert (predict.read_picture(io.BytesIO(content)) == 8).all()
+    assert (read_picture(io.BytesIO(content)) == 8).all()
     half = tiff_of(
         bytes([30, 128] * 32 * 32), BitsPerSample=(8, 8), SamplesPerPixel=2, ExtraSamples=1
     )
-    shown = predict.read_picture(io.BytesIO(half)).int()  # 30 of its own, and half of white
+    shown = read_picture(io.BytesIO(half)).int()  # 30 of its own, and half of white
     assert close(shown, 30 + 127)
 
 
@@ -182,7 +183,7 @@ def test_transparent_color_of_a_png_shows_white(name):
     chunks = {"PLTE": bytes([7] * 3 + [9] * 3), "tRNS": bytes([0, 255])} if kind == 3 else {}
     if color:
         chunks["tRNS"] = np.array(color, ">u2").tobytes()
-    found = predict.read_picture(io.BytesIO(png_of(depth, kind, samples, **chunks)))
+    found = read_picture(io.BytesIO(png_of(depth, kind, samples, **chunks)))
     assert (found[:, :, :16] == 255).all()
     assert (found[:, :, 16:] == shown).all()
 
@@ -233,7 +234,7 @@ def test_heic_is_read_where_its_library_is():
     file = io.BytesIO()
     pillow_heif.from_pillow(Image.fromarray(PHOTO)).save(file, quality=100)
     file.seek(0)
-    assert close(predict.read_picture(file).int(), expected(PHOTO), 8)
+    assert close(read_picture(file).int(), expected(PHOTO), 8)
 
 
 # ---------------------------------------------------------------- bad files, bad options

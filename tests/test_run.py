@@ -2,6 +2,7 @@
 
 import fcntl
 import functools
+import hashlib
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, command, run_main
+from conftest import ROOT, TINY, command, make_pictures, run_main
 from faults import RECIPES, Fork, digest, result
 
 import utils
@@ -716,3 +717,120 @@ def test_a_last_cosine_that_is_cut_off_is_reported(tiny, capsys, cycle, warned):
     config = replace(tiny, schedule="cosine_restarts", restart_epochs=cycle, epochs=4)
     train(replace(config, max_steps_per_epoch=1))
     assert ("restart_epochs" in capsys.readouterr().err) == warned
+
+
+# ---------------------------------------------------------------- pictures of one's own
+
+
+@pytest.mark.parametrize("layout", ["", "train"])
+def test_own_pictures_are_trained_resumed_tested_and_predicted(layout, monkeypatch, capsys):
+    make_pictures(f"photos/{layout}", cat=20, dog=20, eel=20)
+    if layout:
+        make_pictures("photos/test", cat=2, dog=2, eel=2)
+    line = "demo --dataset folder --data-dir photos --batch-size 16 --epochs 2 --wandb disabled"
+    line = [*line.split(), "--name", "mine"]
+    assert run_main("train", *line, "--max-steps-per-epoch", 2, monkeypatch=monkeypatch) == 0
+    out = capsys.readouterr().out
+    assert "3 classes: cat, dog, eel" in out
+    model, info = load_model("checkpoints/mine/model.safetensors")
+    assert (info["dataset"], info["class_names"]) == ("folder", ["cat", "dog", "eel"])
+    assert info["data_dir"] == str(Path("photos").absolute())
+    assert info["config"]["num_classes"] == model.architecture.num_classes == 3
+    assert info["preset"] == "demo"
+    resumed = [*line, "--max-steps-per-epoch", 2, "--epochs", 3, "--resume"]
+    assert run_main("train", *resumed, monkeypatch=monkeypatch) == 0
+    *_, following = capsys.readouterr().out.splitlines()
+    _, script, *args = following.removeprefix("next: ").split()
+    assert run_main(script.removesuffix(".py"), *args, monkeypatch=monkeypatch) == 0
+    assert "3 epochs of folder\ntest accuracy: " in capsys.readouterr().out
+    assert run_main("predict", "photos/test" if layout else "photos", monkeypatch=monkeypatch) == 0
+    Path("photos").rename("moved")
+    assert run_main("test", *args, monkeypatch=monkeypatch) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: data_dir: {Path('photos').absolute()} does not exist; ")
+    assert run_main("test", *args, "--data-dir", "moved", monkeypatch=monkeypatch) == 0
+    assert capsys.readouterr().err == ""
+    make_pictures("moved" if not layout else "moved/train", cat=21)
+    assert run_main("test", *args, "--data-dir", "moved", monkeypatch=monkeypatch) == 0
+    assert "the pictures are not those that" in capsys.readouterr().err
+    make_pictures("moved" if not layout else "moved/train", fox=20)
+    if not layout:
+        line[line.index("photos")] = "moved"
+        assert run_main("train", *line, "--resume", monkeypatch=monkeypatch) == 2
+        assert "num_classes: 4, but the run in" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- starting from weights
+
+
+@pytest.fixture
+def source(tiny):
+    """A trained network: its file, its weights, its metadata."""
+    train(replace(tiny, name="source", epochs=1))
+    path = Path("checkpoints/source/model.safetensors")
+    return path, *load_model(path)
+
+
+@pytest.mark.parametrize("classes", ["the same", "others"])
+def test_a_run_starts_from_weights_and_keeps_their_normalization(source, classes, tiny):
+    path, model, info = source
+    digits = load_dataset(tiny)
+    if classes == "others":
+        names = tuple("abcdefghij")
+        digits = replace(digits, class_names=names, mean=(0.1,) * 3)
+    still = replace(tiny, init=str(path), lr=0.0, epochs=1, val_size=0)
+    train(still, digits)
+    started, found = load_model(FOLDER / "model.safetensors")
+    assert (found["mean"], found["std"]) == (info["mean"], info["std"])
+    assert found["init"] == {
+        "path": path.as_posix(),
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
+    assert "init" not in info
+    kept = {
+        name: torch.equal(value, started.state_dict()[name])
+        for name, value in model.named_parameters()
+    }
+    last = [kept.pop("linear.weight"), kept.pop("linear.bias")]
+    assert all(kept.values())
+    assert all(last) if classes == "the same" else not any(last)
+
+
+def test_a_run_from_weights_resumes_to_the_bit_but_not_from_others(source, tiny):
+    path, *_ = source
+    config = replace(tiny, init=str(path), save_minutes=0.0)
+    train(replace(config, name="whole"))
+
+    def end(rows):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, report=end)
+    content = path.read_bytes()
+    train(replace(tiny, name="source", epochs=1, seed=1, overwrite=True))
+    with pytest.raises(InputError, match=r"^resume: .* is not the file that it was started from"):
+        train(replace(config, resume=True))
+    path.write_bytes(content)
+    train(replace(config, resume=True))
+    whole, resumed = (
+        load_model(f"checkpoints/{name}/model.safetensors")[0] for name in ("whole", "tiny")
+    )
+    for one, other in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"c1": 4},
+            r"^init: .* has c1 8, channels .16, 32, 64., and this run c1 4, channels .8, 16, 32.;",
+        ),
+        ({"init": "nothing"}, "^init: nothing does not exist"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(source, tiny, changes, words):
+    before = files()
+    with pytest.raises(InputError, match=words):
+        train(replace(tiny, **{"init": str(source[0])} | changes))
+    assert files() == before

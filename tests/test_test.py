@@ -18,7 +18,14 @@ from engine import checkpoint
 from engine.checkpoint import find_checkpoint, load_model, save_model
 from engine.evaluate import score
 from model import Architecture, model_cost
-from test import check_data, confusion_matrix, find_groups, mcnemar, worst_mistakes
+from test import (
+    check_data,
+    confusion_matrix,
+    find_groups,
+    mcnemar,
+    print_per_class,
+    worst_mistakes,
+)
 from utils import CHECKPOINTS, TEMPORARY, InputError, write_csv
 
 
@@ -350,3 +357,11 @@ def test_missing_file_stands_for_no_other_network():
     make("checkpoints/group/run/model.safetensors")
     for name in ("model.safetensors", "checkpoints/group/model.safetensors"):
         assert find_checkpoint(Path(name)) == Path(name)
+
+
+def test_of_many_classes_the_least_accurate_are_listed(capsys):
+    counts = np.diag(np.arange(100)) + 1
+    print_per_class(counts[::-1, ::-1], tuple(f"class-{i}" for i in range(100)))
+    title, _, _, *rows = capsys.readouterr().out.strip().splitlines()
+    assert title == "the 20 of 100 classes with the lowest accuracies:"
+    assert [row.split()[0] for row in rows] == [f"class-{i}" for i in range(99, 79, -1)]

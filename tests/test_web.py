@@ -23,7 +23,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-import predict
+from engine.pictures import read_picture
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs `pip install playwright`")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs `pip install onnxruntime`")
@@ -131,7 +131,7 @@ def difference(page, content):
     }"""
     pixels = torch.tensor(page.evaluate(script, base64.b64encode(content).decode()))
     seen = pixels.reshape(32, 32, 4).permute(2, 0, 1)[:3]
-    return int((seen - predict.read_picture(io.BytesIO(content)).int()).abs().max())
+    return int((seen - read_picture(io.BytesIO(content)).int()).abs().max())
 
 
 def choose(page, content):
@@ -145,7 +145,7 @@ def choose(page, content):
 
 
 def check_answer(page, content):
-    probabilities = run_onnx(predict.read_picture(io.BytesIO(content))[None])[0]
+    probabilities = run_onnx(read_picture(io.BytesIO(content))[None])[0]
     name, percentage = choose(page, content)
     assert name == CLASSES[probabilities.argmax()]
     assert percentage == pytest.approx(float(100 * probabilities.max()), abs=2)

@@ -1,0 +1,192 @@
+"""Pictures of your own, in a folder for each class: found, checked and read.
+
+The layout is that of torchvision's ImageFolder: the sorted names of the folders are the classes,
+and whatever lies below a class's folder belongs to it. The class folders are in the folder that is
+named, or in its train/ and its test/ (or val/).
+"""
+
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from engine.distributed import is_main
+from engine.pictures import MAX_READERS, attempt, list_files
+from utils import IMAGE_SIZE, InputError, warn
+
+MAX_CLASSES = 1000
+CHUNK = 500  # pictures between two moves of the progress bar
+LAYOUT = "a folder of pictures for each class"
+
+
+def find_splits(data_dir: Path) -> tuple[Path, Path | None]:
+    """The folders that hold the class folders: those to train on, and those to test on, if any.
+
+    Raises:
+        InputError: there is no such folder, or it is divided in another way.
+    """
+    names = set(folders_in(data_dir))
+    files = [name for name in ("train", "test", "val") if (data_dir / name).is_file()]
+    if files:
+        raise InputError(
+            f"data_dir: {data_dir / files[0]} is a file where a folder should be; unpack or remove"
+            " it"
+        )
+    tests = [name for name in ("test", "val") if name in names]
+    others = sorted(names - {"train", "test", "val"})
+    if "train" not in names or (others and not tests):  # "train" may be a class
+        return data_dir, None
+    if others:
+        raise InputError(
+            f"data_dir: {data_dir} holds {others[0]} beside train and {tests[0]}; move it into"
+            " train, or out of there"
+        )
+    return data_dir / "train", data_dir / tests[0] if tests else None
+
+
+def class_names(folder: Path) -> tuple[str, ...]:
+    """The sorted names of the class folders in `folder`.
+
+    Raises:
+        InputError: they are not 2 to 1,000.
+    """
+    names = folders_in(folder)
+    if not names:
+        raise InputError(f"data_dir: {folder} holds no class folder; put {LAYOUT} there")
+    if len(names) == 1:
+        raise InputError(
+            f"data_dir: {folder} holds one class folder alone, {names[0]}; add another class"
+        )
+    if len(names) > MAX_CLASSES:
+        raise InputError(
+            f"data_dir: {folder} holds {len(names):,} class folders; use 2 to {MAX_CLASSES:,}"
+        )
+    return tuple(names)
+
+
+def folders_in(folder: Path) -> list[str]:
+    """The sorted names of the folders in `folder`, but for hidden ones.
+
+    Raises:
+        InputError: it is missing, is a file, or cannot be read.
+    """
+    try:
+        return sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
+    except FileNotFoundError:
+        problem = "does not exist"
+    except NotADirectoryError:
+        problem = "is a file where a folder should be"
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror})"
+    raise InputError(f"data_dir: {folder} {problem}; name a folder that holds {LAYOUT}")
+
+
+def read_splits(
+    train: Path, test: Path | None, with_test: bool = True
+) -> tuple[tuple[str, ...], list[tuple[Tensor, Tensor]]]:
+    """Read the class folders to train on and, `with_test`, those to test on, if there are any.
+
+    A file that is no picture is left out with a warning.
+
+    Returns:
+        The class names, and for each split its images, (N, 3, 32, 32) uint8, and labels, (N,).
+
+    Raises:
+        InputError: the folders differ in their classes, or a class has too few pictures.
+    """
+    names = class_names(train)
+    if test and (other := set(names) ^ set(class_names(test))):
+        name = min(other)
+        has, lacks = (train, test) if name in names else (test, train)
+        raise InputError(
+            f"data_dir: {has / name} has no counterpart in {lacks}; both must have the same classes"
+        )
+    splits = [(train, 2), (test, 1)][: 2 if test and with_test else 1]
+    listed = [list_classes(folder, names, fewest) for folder, fewest in splits]
+    others = [path for _, paths in listed for path in paths]
+    for path in others:
+        warn(f"{path}: is no picture by its name; left out")
+    read = [
+        read_classes(folder, names, fewest, classes)
+        for (folder, fewest), (classes, _) in zip(splits, listed, strict=True)
+    ]
+    num_files = len(others) + sum(len(files) for classes, _ in listed for files in classes)
+    if left_out := num_files - sum(len(labels) for _, labels in read):
+        warn(f"data_dir: {left_out:,} of {num_files:,} files are no pictures, and are left out")
+    return names, read
+
+
+def list_classes(
+    folder: Path, names: tuple[str, ...], fewest: int
+) -> tuple[list[list[Path]], list[Path]]:
+    """List the pictures of each class, and the files of another kind.
+
+    Raises:
+        InputError: a class has fewer than `fewest` pictures.
+    """
+    classes, others = [], []
+    for name in names:
+        pictures, rest = list_files(folder / name)
+        check_number_of_pictures(folder / name, len(pictures), fewest)
+        classes.append(pictures)
+        others += rest
+    return classes, others
+
+
+def check_number_of_pictures(folder: Path, number: int, fewest: int) -> None:
+    """Raise InputError if a class has fewer pictures than `fewest`."""
+    if number < fewest:
+        holds = "one picture alone" if number else "no picture that can be read"
+        raise InputError(
+            f"data_dir: {folder} holds {holds}; put at least {fewest} there, or remove the folder"
+        )
+
+
+def read_classes(
+    folder: Path, names: tuple[str, ...], fewest: int, classes: list[list[Path]]
+) -> tuple[Tensor, Tensor]:
+    """Read the pictures of each class: images, (N, 3, 32, 32) uint8, and labels, (N,).
+
+    Raises:
+        InputError: fewer than `fewest` of a class can be read.
+    """
+    files = [path for pictures in classes for path in pictures]
+    labels = torch.arange(len(names)).repeat_interleave(torch.tensor(list(map(len, classes))))
+    images, errors = read_pictures(files)
+    for path, error in zip(files, errors, strict=True):
+        if error:
+            warn(f"{path}: {error}; left out")
+    kept = torch.tensor([error is None for error in errors])
+    for name, number in zip(names, labels[kept].bincount(minlength=len(names)), strict=True):
+        check_number_of_pictures(folder / name, int(number), fewest)
+    return (images, labels) if kept.all() else (images[kept], labels[kept])
+
+
+def read_pictures(files: list[Path]) -> tuple[Tensor, list[str | None]]:
+    """Read pictures on several threads, (N, 3, 32, 32) uint8, with the problem of each, if any."""
+    images = torch.zeros(len(files), 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
+    errors = []
+    with (
+        warnings.catch_warnings(action="ignore"),  # Pillow's, about oddities of a file
+        ThreadPoolExecutor(min(MAX_READERS, os.cpu_count() or 1)) as readers,
+        tqdm(
+            total=len(files),
+            desc="reading pictures",
+            unit="img",
+            leave=False,
+            dynamic_ncols=True,
+            disable=None if is_main() else True,  # None: only in a terminal
+        ) as bar,
+    ):
+        for start in range(0, len(files), CHUNK):
+            chunk = files[start : start + CHUNK]
+            for i, (image, error) in enumerate(readers.map(attempt, map(str, chunk)), start):
+                errors.append(error)
+                if image is not None:
+                    images[i] = image
+            bar.update(len(chunk))
+    return images, errors

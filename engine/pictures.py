@@ -1,0 +1,146 @@
+"""Pictures in files, of every format and kind, as the networks see them: 32x32 pixels."""
+
+import contextlib
+import functools
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
+
+from utils import IMAGE_SIZE, first_line
+
+MAX_READERS = 4  # pictures decoded at once: each can take a gigabyte
+HEIC_SUFFIXES = {".heic", ".heif"}
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
+
+
+def list_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """List the files in and below `folder`, sorted: those with a picture's suffix, and the others.
+
+    Hidden files and folders are skipped.
+    """
+    formats, readable = Image.registered_extensions(), readable_formats()
+    suffixes = {suffix for suffix, name in formats.items() if name in readable} | HEIC_SUFFIXES
+    files = sorted((p for p in folder.rglob("*") if p.is_file()), key=Path.as_posix)
+    files = [path for path in files if not is_hidden(path.relative_to(folder))]
+    pictures = [path for path in files if path.suffix.lower() in suffixes]
+    return pictures, [path for path in files if path.suffix.lower() not in suffixes]
+
+
+def is_hidden(path: Path) -> bool:
+    """True if a part of the path begins with a dot, as those of thumbnails and settings do."""
+    return any(part.startswith(".") for part in path.parts)
+
+
+def attempt(file: str, resize: str = "crop") -> tuple[Tensor | None, str | None]:
+    """Read the picture in a file, (3, 32, 32) uint8, or explain in a line why it cannot be read."""
+    try:
+        with open_file(file) as stream:
+            return read_picture(stream, resize), None
+    except Image.DecompressionBombError:
+        limit = 2 * Image.MAX_IMAGE_PIXELS
+        return None, f"has more than {limit:,} pixels; scale it down first"
+    except Image.UnidentifiedImageError:
+        return None, "is no picture that Pillow can read"
+    except Exception as error:  # a foreign file can raise anything
+        return None, f"cannot be read ({getattr(error, 'strerror', None) or first_line(error)})"
+
+
+def open_file(file: str) -> io.BufferedIOBase:
+    """Open a file or stdin so that it is seekable, which pipes are not."""
+    if file == "-":
+        return io.BytesIO(sys.stdin.buffer.read())
+    stream = Path(file).open("rb")  # noqa: SIM115 (the caller closes it)
+    if stream.seekable():
+        return stream
+    with stream:
+        return io.BytesIO(stream.read())
+
+
+def read_picture(stream: io.BufferedIOBase, resize: str = "crop") -> Tensor:
+    """Read a picture as the network sees it, (3, 32, 32) uint8 RGB.
+
+    The middle square (`crop`), or the whole (`squash`), is scaled by a triangle filter as wide as a
+    new pixel (Pillow's `BILINEAR`): without such antialiasing most photographs are not recognized.
+    A picture of 32x32 pixels stays as it is.
+    """
+    start = stream.read(12)
+    stream.seek(0)
+    if not start:
+        raise ValueError("it is empty")
+    is_heic = start[4:8] == b"ftyp" and start[8:12] in HEIC_BRANDS
+    if is_heic and not heic_support():
+        raise ValueError("HEIC needs `pip install pillow-heif`")
+    image = to_rgb(Image.open(stream, formats=readable_formats()))
+    if resize == "crop":
+        side = min(image.size)
+        left, upper = ((length - side) // 2 for length in image.size)
+        image = image.crop((left, upper, left + side, upper + side))
+    image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def readable_formats() -> list[str]:
+    """All formats that Pillow reads except EPS: that is a program, which Ghostscript would run."""
+    Image.init()
+    return [name for name in Image.OPEN if name != "EPS"]
+
+
+def to_rgb(file: Image.Image) -> Image.Image:
+    """Convert the first frame to 8-bit RGB: upright by its EXIF, alpha over white, 16 bits to 8."""
+    if file.format == "PNG" and "transparency" in file.info:
+        scale_transparent_color(file)
+    image = ImageOps.exif_transpose(file)
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers; save it with 8 bits")
+    if image.mode.startswith("I"):  # gray of more than 8 bits, which `convert` would cut off at 255
+        pixels = np.asarray(image)
+        gray = (pixels / (largest_gray(file) / 255)).round().astype(np.uint8)
+        gray[pixels == image.info.get("transparency", -1)] = 255
+        image = Image.fromarray(gray)
+    if image.mode == "La":  # with premultiplied alpha, from which Pillow converts to LA alone
+        image = image.convert("LA")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def scale_transparent_color(file: Image.Image) -> None:
+    """Scale the transparent color of a PNG to 8 bits, as Pillow scales the pixels when it loads."""
+    color, layout = file.info["transparency"], file.tile[0].args
+    if layout in ("L;2", "L;4"):
+        file.info["transparency"] = color * {"L;2": 85, "L;4": 17}[layout]
+    elif layout == "RGB;16B":
+        file.info["transparency"] = tuple(value >> 8 for value in color)
+
+
+def largest_gray(file: Image.Image) -> int:
+    """The value of white in a file whose gray has more than 8 bits.
+
+    Raises:
+        ValueError: it is unknown.
+    """
+    if file.format == "TIFF" and file.tag_v2[ExifTags.Base.BitsPerSample] == (12,):
+        return 4095
+    if file.mode != "I" or file.format == "PPM":
+        return 65535
+    low, high = file.getextrema()  # of 32 bits few files use all
+    if low < 0 or high > 65535:
+        raise ValueError(f"its pixels are integers from {low} to {high}; save it with 8 bits")
+    return 255 if high <= 255 else 65535
+
+
+@functools.cache
+def heic_support() -> bool:
+    """Let Pillow read iPhones' HEIC, by a library that is optional; False without it."""
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+        return True
+    return False

@@ -1,0 +1,83 @@
+"""A trained network from whose weights another one starts, for the same classes or others."""
+
+import hashlib
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from config import Config
+from data import Dataset
+from engine.checkpoint import find_checkpoint, load_model
+from model import Architecture, per_stage, stage_channels
+from utils import InputError, part_of
+
+
+class Start:
+    """The network in `config.init`.
+
+    Raises:
+        InputError: the file is no network, or has another architecture.
+    """
+
+    def __init__(self, config: Config) -> None:
+        try:
+            self.path = find_checkpoint(Path(config.init))
+            self.model, self.info = load_model(self.path)
+        except InputError as error:
+            raise InputError(f"init: {str(error).removeprefix('checkpoint: ')}") from None
+        self.sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
+        theirs, ours = (comparable(a) for a in (self.model.architecture, config))
+        different = [f.name for f in fields(Architecture) if theirs[f.name] != ours[f.name]]
+        if different:
+            has, wants = (
+                ", ".join(f"{name} {values[name]}" for name in different)
+                for values in (theirs, ours)
+            )
+            raise InputError(
+                f"init: {self.path.as_posix()} has {has}, and this run {wants}; give it the same"
+                " architecture, or name another file"
+            )
+
+    def normalized(self, data: Dataset) -> Dataset:
+        """The same data with the normalization that the weights were trained with."""
+        return replace(data, mean=tuple(self.info["mean"]), std=tuple(self.info["std"]))
+
+    @torch.no_grad()
+    def fill(self, model: nn.Module, class_names: tuple[str, ...]) -> None:
+        """Copy the weights to `model`; those of the last layer only if the classes are the same."""
+        weights = self.model.state_dict()
+        if self.info["class_names"] != list(class_names):
+            weights = {k: v for k, v in weights.items() if not k.startswith("linear.")}
+        model.load_state_dict(weights, strict=False)
+
+    @property
+    def described(self) -> dict[str, str]:
+        """The file, as a model file records it."""
+        return {"path": self.path.as_posix(), "sha256": self.sha256}
+
+    def state_dict(self) -> dict[str, str]:
+        """The weights that a run was started with."""
+        return {"sha256": self.sha256}
+
+    def load_state_dict(self, state: dict[str, str]) -> None:
+        """Raise ValueError if a run was started with other weights."""
+        if state["sha256"] != self.sha256:
+            raise ValueError(f"{self.path.as_posix()} is not the file that it was started from")
+
+
+def comparable(architecture: Architecture) -> dict[str, object]:
+    """All that two networks must share so that one can start from the weights of the other."""
+    stages = len(architecture.num_blocks)
+    plain = replace(
+        part_of(architecture, Architecture),
+        channels=stage_channels(architecture),
+        width=1,
+        conv_kernel=per_stage(architecture.conv_kernel, stages),
+        skip_kernel=per_stage(architecture.skip_kernel, stages),
+        dropout=0.0,
+        classifier_dropout=0.0,
+        num_classes=2,
+    )
+    return {f.name: getattr(plain, f.name) for f in fields(Architecture)}
