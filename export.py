@@ -184,10 +184,10 @@ def export(
                 shown = {"accuracy": verdict.accuracy, "test_images": len(test)}
                 shown["examples"] = choose_examples(test, info["class_names"], examples)
                 contents = page_files(content, facts | shown)
-            for file, content_of_file in contents.items():
+            for file, whole in contents.items():
                 files.append(out / file)
                 with atomic_path(files[-1]) as temporary:
-                    temporary.write_bytes(content_of_file)
+                    temporary.write_bytes(whole)
     print()
     for file in files:
         print(f"file: {printable(file.as_posix())}")

@@ -151,7 +151,7 @@ def classify(
     pictures = []
     for image in images:
         is_opened = isinstance(image, Image.Image)
-        picture, error = attempt_opened(image) if is_opened else attempt(Path(image))
+        picture, error = attempt_opened(image) if is_opened else attempt(Path(image), "crop")
         if error:
             raise InputError(f"images: {image} {error}; leave it out")
         pictures.append(picture)
