@@ -4,6 +4,8 @@
     python predict.py photos 'more/*.png' --top 3 --csv answers.csv
     python predict.py - --checkpoint checkpoints/fast.safetensors < photo.jpg
 
+From Python, `classify(["photo.jpg"], "fast")` returns the probabilities of the classes.
+
 The network sees 32x32 pixels. It always answers with one of its classes, often confidently, even
 if the picture shows something else.
 """
@@ -15,9 +17,11 @@ if __name__ == "__main__":  # above the imports: a missing library or an old Pyt
 
 import functools
 import glob
+import io
 import os
 import sys
 import warnings
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -28,16 +32,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import EVAL_BATCH, Normalize
+from engine import evaluate
 from engine.checkpoint import find_checkpoint, load_model
 from engine.distributed import init_processes
-from engine.evaluate import classify
-from engine.pictures import MAX_READERS, attempt, list_files
+from engine.pictures import MAX_READERS, attempt, list_files, read_picture, to_rgb
 from engine.script import plain_arguments
 from utils import (
     CHECKPOINTS,
     InputError,
     check_integer,
     check_output,
+    first_line,
     print_error,
     printable,
     warn,
@@ -103,7 +108,7 @@ def predict(
             readable = [picture for picture in pictures if picture is not None]
             predictions = iter(())
             if readable:
-                logits = classify(model, torch.stack(readable).to(device), normalize, tta)
+                logits = evaluate.classify(model, torch.stack(readable).to(device), normalize, tta)
                 probabilities = (logits / (temperature or 1)).softmax(1).cpu()
                 predictions = (best(one, names, top) for one in probabilities)
             for file, error in zip(batch, errors, strict=True):
@@ -118,6 +123,54 @@ def predict(
     if csv:
         write_csv(Path(csv), [csv_row(answer, top) for answer in answers])
     return answers
+
+
+def classify(
+    images: Iterable[str | Path | Image.Image], checkpoint: str | Path = CHECKPOINTS
+) -> list[dict[str, float]]:
+    """Classify pictures from Python, on the CPU; the settings of your process stay as they are.
+
+    Args:
+        images: Paths of files, or pictures that Pillow has opened or made.
+        checkpoint: A file, a network's name, or a folder: its newest run, else a released network.
+
+    Returns:
+        For each picture the probability of every class by its name, the most probable one first.
+
+    Raises:
+        InputError: there is no such checkpoint, or a picture cannot be read.
+    """
+    if isinstance(images, str | Path | Image.Image):
+        raise InputError(f"images: {images!r} is one picture; put it into a list")
+    model, info = load_model(find_checkpoint(Path(checkpoint)))
+    pictures = []
+    for image in images:
+        is_opened = isinstance(image, Image.Image)
+        picture, error = attempt_opened(image) if is_opened else attempt(Path(image), "crop")
+        if error:
+            raise InputError(f"images: {image} {error}; leave it out")
+        pictures.append(picture)
+    if not pictures:
+        return []
+    normalize = Normalize(info["mean"], info["std"])
+    logits = evaluate.classify(model, torch.stack(pictures), normalize)
+    probabilities = (logits / (info.get("temperature") or 1)).softmax(1)
+    names = info["class_names"]
+    found = [best(one, names, len(names)) for one in probabilities]
+    return [{one["class"]: one["probability"] for one in answer} for answer in found]
+
+
+def attempt_opened(image: Image.Image) -> tuple[Tensor | None, str | None]:
+    """Read a picture that Pillow has opened or made, as `attempt` does one in a file."""
+    try:
+        # Facts of the file, such as its bits per pixel, count only for pixels not yet loaded.
+        rgb = to_rgb(image if getattr(image, "tile", None) else image.copy())
+        file = io.BytesIO()
+        rgb.save(file, "BMP")
+        file.seek(0)
+        return read_picture(file), None
+    except Exception as error:  # as in `attempt`
+        return None, f"cannot be read ({first_line(error)})"
 
 
 def print_notes(path: Path, names: list[str], temperature: float | None) -> None:

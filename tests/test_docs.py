@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from PIL import Image
 
 import utils
 from config import PRESETS, record
@@ -93,9 +94,20 @@ def test_trainings_are_accepted(command):
 
 
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", TEXT, re.S))
-def test_python_examples_run(code, monkeypatch):
+def test_python_examples_run(code, tmp_path, monkeypatch):
+    if "onnxruntime" in code:
+        pytest.importorskip("onnxruntime")
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (50, 40), "red").save(photo)
     monkeypatch.chdir(ROOT)
-    code = code.replace("path/to/this/folder", str(ROOT)).replace("train(config)", "None, None")
+    places = {
+        "path/to/this/folder": ROOT.as_posix(),
+        "photo.jpg": photo.as_posix(),
+        "tiny-int8.onnx": "web/network.onnx",
+        "train(config)": "None, None",
+    }
+    for name, place in places.items():
+        code = code.replace(name, place)
     exec(code, {})
 
 

@@ -1,17 +1,22 @@
 """export.py: the files in their real runtimes, each skipped where its runtime is missing."""
 
+import base64
 import hashlib
 import importlib.util
+import io
 import json
 import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, run_main
+from PIL import Image
 
 import export
+import predict
 from config import Config
 from data import load_dataset
 from engine.checkpoint import load_model, save_model
@@ -20,11 +25,14 @@ from train import train
 from utils import InputError
 
 INSTALLED = [
-    kind for kind, names in export.LIBRARIES.items() if all(map(importlib.util.find_spec, names))
+    kind
+    for kind, names in export.LIBRARIES.items()
+    if kind != "page" and all(map(importlib.util.find_spec, names))
 ]
 FORMATS = [
     pytest.param(kind, marks=pytest.mark.skipif(kind not in INSTALLED, reason="not installed"))
     for kind in export.LIBRARIES
+    if kind != "page"
 ]
 ONNX = [format for format in FORMATS if format.values[0].startswith("onnx")]
 needs_onnx = pytest.mark.skipif("onnx-int8" not in INSTALLED, reason="not installed")
@@ -94,6 +102,69 @@ def test_onnx_is_reproducible_and_holds_no_path_of_this_machine(exported):
 
 
 @needs_onnx
+def test_page_is_a_whole_folder_with_the_facts_and_examples_of_the_network(exported, capsys):
+    path, folder = exported
+    line = {"format": ("page", "onnx"), "out": Path("site"), "examples": 3, "max_drop": 1}
+    _, verdict, _ = export.export(path, **line)
+    out = capsys.readouterr().out
+    assert "next: python -m http.server -d site\n" in out
+    assert "examples: whoever opens the page gets these test pictures" in out
+    names = {"index.html", "network.json", "network.onnx", "offline.js", "tiny.onnx"}
+    assert {one.name for one in Path("site").iterdir()} == names
+    assert Path("site/tiny.onnx").read_bytes() == (folder / "tiny.onnx").read_bytes()
+    assert Path("site/network.onnx").read_bytes() == (folder / "tiny-int8.onnx").read_bytes()
+    for name in ("index.html", "offline.js"):
+        assert Path("site", name).read_bytes() == (ROOT / "web" / name).read_bytes()
+    facts = json.loads(Path("site/network.json").read_text())
+    _, info = load_model(path)
+    assert facts["class_names"] == info["class_names"]
+    assert facts["temperature"] == info["temperature"]
+    test = load_dataset(Config(dataset="digits")).test
+    assert (facts["accuracy"], facts["test_images"]) == (verdict.accuracy, len(test))
+    assert [one["class_name"] for one in facts["examples"]] == ["0", "1", "2"]
+    _, content = facts["examples"][2]["image"].split("data:image/png;base64,")
+    found = predict.read_picture(io.BytesIO(base64.b64decode(content)))
+    assert torch.equal(found, test.images[test.labels == 2][0])
+
+
+@needs_onnx
+def test_python_without_pytorch_answers_as_classify_does(exported, capsys):
+    """The example of docs/mobile.md, on a turned photo, with the network in float32."""
+    path, folder = exported
+    (code,) = re.findall(
+        r"```python\n([^`]*InferenceSession[^`]*)```", (ROOT / "docs/mobile.md").read_text("utf-8")
+    )
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise = np.random.default_rng(0).integers(0, 256, (70, 101, 3), dtype=np.uint8)
+    Image.fromarray(noise).save("photo.jpg", exif=exif)
+    exec(code.replace("tiny-int8.onnx", (folder / "tiny.onnx").as_posix()), {})
+    (expected,) = predict.classify(["photo.jpg"], path)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [name for name, _ in lines] == list(expected)[:3]
+    found = [float(percentage.removesuffix("%")) for _, percentage in lines]
+    assert found == pytest.approx([100 * one for one in expected.values()][:3], abs=0.1)
+
+
+@needs_onnx
+def test_one_image_is_no_loss(exported, monkeypatch):
+    """Of few test images, one is more than the points that may be lost."""
+    verify = export.verify
+
+    def worse(name, size, opener, test, expected):
+        verdict = verify(name, size, opener, test, expected)
+        lost = 0 if name == "PyTorch" else 100 * images / len(test)
+        return verdict._replace(accuracy=verdict.accuracy - lost)
+
+    monkeypatch.setattr(export, "verify", worse)
+    images = 1
+    export.export(exported[0], format=("onnx",), limit=40)
+    images = 2
+    with pytest.raises(InputError, match=r"onnx loses 5.00 points, 0.2 are allowed"):
+        export.export(exported[0], format=("onnx",), limit=40)
+
+
+@needs_onnx
 def test_int8_weights_of_onnx_leave_room_for_sums_of_16_bits(exported):
     """Otherwise CPUs with AVX2 and without VNNI saturate, and half of the answers are wrong."""
     import onnx
@@ -149,6 +220,8 @@ def test_float_format_with_other_logits_is_refused_whatever_its_accuracy(exporte
         (["--limit", "-1"], "limit: -1 must be an integer of at least 0"),
         (["--max-drop", "nan"], "max_drop: nan must be a number from 0 to 100"),
         (["--out", "taken"], "out: taken is a file; name a folder"),
+        (["--examples", "11", "--format", "page"], "examples: 11 must be an integer from 0 to 10"),
+        (["--examples", "3"], "examples: 3, but no page is asked for; add --format page"),
     ],
 )
 def test_bad_options_are_one_line(args, words, exported, monkeypatch, capsys):

@@ -20,7 +20,7 @@ from data import Normalize
 from engine.checkpoint import save_model
 from engine.pictures import read_picture
 from model import Architecture, ResNet
-from utils import read_csv
+from utils import InputError, read_csv
 
 RNG = np.random.default_rng(0)
 # Smooth, so that the losses of JPEG and the like do not matter: (60, 90, 3), no two corners alike.
@@ -422,3 +422,43 @@ def test_broken_pipe_leaves_no_file(checkpoint):
     assert result.returncode == 128 + 13
     assert "error" not in result.stderr
     assert not Path("a.json").exists()
+
+
+# ---------------------------------------------------------------- from Python
+
+
+def test_classify_gives_the_probabilities_of_predict_for_files_and_opened_pictures(network):
+    save_model("warm.safetensors", network, INFO | {"temperature": 2.0})
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned
+    Image.fromarray(PHOTO).save("a.png", exif=exif)
+    sixteen = np.stack([np.stack([[0x1234, 2, 3]] * 16 + [[0x8080] * 3] * 16)] * 32)
+    color = np.array([0x1234, 2, 3], ">u2").tobytes()
+    Path("b.png").write_bytes(png_of(16, 2, sixteen, tRNS=color))
+    Image.fromarray(PHOTO).convert("CMYK").save("c.tif")
+    files = ["a.png", "b.png", "c.tif"]
+    answers = predict.predict(tuple(files), Path("warm.safetensors"), top=10)
+    expected = [[tuple(one.values()) for one in answer["predictions"]] for answer in answers]
+    loaded = Image.open("a.png")
+    loaded.load()
+    for images in (files, map(Path, files), map(Image.open, files)):
+        found = predict.classify(images, "warm.safetensors")
+        assert [list(one.items()) for one in found] == expected
+    (found,) = predict.classify([loaded], Path("warm.safetensors"))
+    assert list(found.items()) == expected[0]
+    assert sum(found.values()) == pytest.approx(1, abs=1e-4)
+    assert predict.classify([], "warm.safetensors") == []
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        ("a.png", "images: 'a.png' is one picture; put it into a list"),
+        (["none.png"], "images: none.png cannot be read (No such file or directory)"),
+        ([Image.new("F", (9, 9))], "its pixels are floating-point numbers"),
+    ],
+)
+def test_classify_refuses_what_is_no_list_of_pictures(images, words, checkpoint):
+    with pytest.raises(InputError) as raised:
+        predict.classify(images, checkpoint)
+    assert words in str(raised.value)

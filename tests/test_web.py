@@ -8,6 +8,7 @@ node_modules/. The browser gets the CDN's files from there, so the tests need no
 import base64
 import contextlib
 import functools
+import hashlib
 import http.server
 import io
 import json
@@ -23,13 +24,15 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+import export
+from data import Split
 from engine.pictures import read_picture
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs `pip install playwright`")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs `pip install onnxruntime`")
 
 WEB = ROOT / "web"
-MODEL = WEB / "fast-int8.onnx"
+MODEL = WEB / "network.onnx"
 CHROMIUM = Path("/usr/bin/chromium")
 DIST = Path(os.environ.get("ORT_WEB", ROOT / "node_modules/onnxruntime-web/dist"))
 HTML = (WEB / "index.html").read_text(encoding="utf-8")
@@ -84,16 +87,23 @@ def answer_for_cdn(route):
     route.fulfill(path=DIST / name, headers=headers)
 
 
-@pytest.fixture(scope="module")
-def page(browser):
-    """The page with its network loaded, and from then on offline.
+@contextlib.contextmanager
+def offline_page(browser, folder):
+    """The page of a folder with its network loaded, and from then on offline.
 
     The browser loads the runtime only if its hashes are those of index.html.
     """
-    with serve(WEB) as address:
+    with serve(folder) as address:
         page = open_page(browser, address, answer_for_cdn)
         page.evaluate("tpsnet.ready.then(() => {})")
         page.context.set_offline(True)
+        yield page
+        page.close()
+
+
+@pytest.fixture(scope="module")
+def page(browser):
+    with offline_page(browser, WEB) as page:
         yield page
 
 
@@ -104,11 +114,18 @@ def session():
     return onnxruntime.InferenceSession(MODEL, options, providers=["CPUExecutionProvider"])
 
 
+def metadata():
+    return session().get_modelmeta().custom_metadata_map
+
+
+def temperature():
+    return json.loads(metadata()["temperature"]) or 1
+
+
 def run_onnx(images):
     """Probabilities of (N, 3, 32, 32) uint8 images, (N, 10), by the same network in Python."""
     (logits,) = session().run(None, {"image": images.numpy().astype(np.float32) / 255})
-    temperature = json.loads(session().get_modelmeta().custom_metadata_map["temperature"]) or 1
-    return torch.from_numpy(logits / temperature).softmax(1)
+    return torch.from_numpy(logits / temperature()).softmax(1)
 
 
 def noise(width, height):
@@ -193,6 +210,85 @@ def test_broken_file_gets_a_sentence_and_the_next_one_works(page, content):
     check_answer(page, encode(noise(64, 48)))
 
 
+# ---------------------------------------------------------------- networks
+
+RELEASED = "What is in the picture?"
+NAMES = [*"0123456", "<b>seven</b>", "constructor", "n" * 60]  # one network under other names
+MANY = [f"class {i}" for i in range(10)] + ["more"] * 11
+
+
+def test_committed_page_is_the_one_of_fast(page):
+    facts = json.loads((WEB / "network.json").read_text())
+    assert facts["class_names"] == CLASSES
+    assert facts["temperature"] == json.loads(metadata()["temperature"])
+    assert facts["checkpoint_sha256"] == metadata()["checkpoint_sha256"]
+    checkpoint = (ROOT / "checkpoints/fast.safetensors").read_bytes()
+    assert facts["checkpoint_sha256"] == hashlib.sha256(checkpoint).hexdigest()
+    assert facts["test_images"] == 10_000
+    assert page.title() == RELEASED
+    about = page.locator("#about").inner_text()
+    assert "tells 10 classes apart: airplane, automobile, bird, cat, deer," in about
+    assert f"right about {facts['accuracy']:.1f}% of 10,000 test pictures" in about
+    assert "calibrated for pictures like" in page.locator("#calibration").inner_text()
+
+
+@pytest.mark.parametrize(
+    ("names", "title", "about"),
+    [
+        (list("0123456789"), "What is it: 0, 1, 2, 3, 4, 5, 6, 7, 8 or 9?", "8 and 9. It was"),
+        (NAMES, RELEASED, "10 classes apart: 0, 1, 2, 3, 4, 5, 6, <b>seven</b>, constructor and"),
+        (MANY, RELEASED, "21 classes apart. It was right about 50.0% of 20 test pictures."),
+    ],
+    ids=["digits", "odd", "many"],
+)
+def test_page_of_other_classes_has_their_names_and_no_drawings(
+    names, title, about, browser, tmp_path
+):
+    write_page(tmp_path, names)
+    with offline_page(browser, tmp_path) as page:
+        assert page.title() == title
+        assert page.locator("h1").inner_text() == title
+        assert about in page.locator("#about").inner_text()
+        assert page.locator("#names").is_hidden()
+        assert page.get_by_text("The classes", exact=True).is_visible() == (names is MANY)
+        assert page.locator("#calibration").inner_text().endswith("are not calibrated.")
+        assert not page.locator("#offer").is_visible()
+        assert page.locator("b").count() == 0
+        assert page.errors == []
+        if names is MANY:  # the network has ten
+            return
+        choose(page, encode(noise(64, 48)))
+        shown = page.locator("#bars li span:first-child").all_inner_texts()
+        assert len(shown) == 5
+        assert set(shown) <= set(names)
+
+
+def test_examples_are_offered_and_answered_as_the_files_are(browser, tmp_path):
+    images = RNG.integers(0, 256, (12, 3, 32, 32), dtype=np.uint8)
+    test = Split(torch.from_numpy(images), torch.arange(12) % 2)
+    examples = export.choose_examples(test, ["left", "right"], 3)
+    assert [one["class_name"] for one in examples] == ["left", "right", "left"]
+    write_page(tmp_path, CLASSES, examples=examples)
+    with offline_page(browser, tmp_path) as page:
+        assert page.locator("h2").inner_text() == "Or try a test picture"
+        assert page.locator("#samples button").count() == 3
+        page.get_by_role("button", name="Test picture: right").click()
+        page.locator("#bars li").first.wait_for(timeout=10_000)
+        name, percentage = page.locator("#bars li").first.inner_text().split()
+        probabilities = run_onnx(test.images[1:2])[0] ** temperature()
+        assert name == CLASSES[probabilities.argmax()]
+        probabilities /= probabilities.sum()
+        assert float(percentage[:-1]) == pytest.approx(100 * float(probabilities.max()), abs=2)
+
+
+def write_page(folder, names, examples=()):
+    """A page of the released network under other names, without a temperature."""
+    facts = {"class_names": names, "temperature": None, "accuracy": 50.0, "test_images": 20}
+    files = export.page_files(MODEL.read_bytes(), facts | {"examples": list(examples)})
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
 # ---------------------------------------------------------------- the page itself
 
 
@@ -211,7 +307,7 @@ def test_pictures_are_sent_nowhere(page):
     check_answer(page, encode(noise(64, 48)))
     asked = [Path(url).name for url in page.asked if not url.startswith(("blob:", "data:"))]
     runtime = ["ort-wasm-simd-threaded.wasm", "ort.wasm.bundle.min.mjs"]
-    assert sorted(asked) == sorted([MODEL.name, "index.html", *runtime])
+    assert sorted(asked) == sorted([MODEL.name, "network.json", "index.html", *runtime])
     assert page.errors == []
     script = """() => new Promise((resolve) => {
         addEventListener("securitypolicyviolation", (event) => resolve(event.effectiveDirective));
