@@ -17,7 +17,6 @@ if __name__ == "__main__":  # above the imports: a missing library or an old Pyt
 
 import functools
 import glob
-import io
 import os
 import sys
 import warnings
@@ -35,14 +34,13 @@ from data import EVAL_BATCH, Normalize
 from engine import evaluate
 from engine.checkpoint import find_checkpoint, load_model
 from engine.distributed import init_processes
-from engine.pictures import MAX_READERS, attempt, list_files, read_picture, to_rgb
+from engine.pictures import MAX_READERS, attempt, list_files
 from engine.script import plain_arguments
 from utils import (
     CHECKPOINTS,
     InputError,
     check_integer,
     check_output,
-    first_line,
     print_error,
     printable,
     warn,
@@ -145,8 +143,7 @@ def classify(
     model, info = load_model(find_checkpoint(Path(checkpoint)))
     pictures = []
     for image in images:
-        is_opened = isinstance(image, Image.Image)
-        picture, error = attempt_opened(image) if is_opened else attempt(Path(image), "crop")
+        picture, error = attempt(image if isinstance(image, Image.Image) else Path(image))
         if error:
             raise InputError(f"images: {image} {error}; leave it out")
         pictures.append(picture)
@@ -158,19 +155,6 @@ def classify(
     names = info["class_names"]
     found = [best(one, names, len(names)) for one in probabilities]
     return [{one["class"]: one["probability"] for one in answer} for answer in found]
-
-
-def attempt_opened(image: Image.Image) -> tuple[Tensor | None, str | None]:
-    """Read a picture that Pillow has opened or made, as `attempt` does one in a file."""
-    try:
-        # Facts of the file, such as its bits per pixel, count only for pixels not yet loaded.
-        rgb = to_rgb(image if getattr(image, "tile", None) else image.copy())
-        file = io.BytesIO()
-        rgb.save(file, "BMP")
-        file.seek(0)
-        return read_picture(file), None
-    except Exception as error:  # as in `attempt`
-        return None, f"cannot be read ({first_line(error)})"
 
 
 def print_notes(path: Path, names: list[str], temperature: float | None) -> None:

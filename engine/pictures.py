@@ -36,9 +36,21 @@ def is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def attempt(file: str, resize: str = "crop") -> tuple[Tensor | None, str | None]:
-    """Read the picture in a file, (3, 32, 32) uint8, or explain in a line why it cannot be read."""
+def attempt(
+    file: str | Path | Image.Image, resize: str = "crop"
+) -> tuple[Tensor | None, str | None]:
+    """Read a picture, (3, 32, 32) uint8, or explain in a line why it cannot be read.
+
+    Args:
+        file: A path, `-` for stdin, or a picture that Pillow has opened or made.
+        resize: As in `read_picture`.
+    """
     try:
+        if isinstance(file, Image.Image):
+            # Facts of the file, such as its bits per pixel, count only for pixels not yet loaded.
+            return shrink(
+                to_rgb(file if getattr(file, "tile", None) else file.copy()), resize
+            ), None
         with open_file(file) as stream:
             return read_picture(stream, resize), None
     except Image.DecompressionBombError:
@@ -50,7 +62,7 @@ def attempt(file: str, resize: str = "crop") -> tuple[Tensor | None, str | None]
         return None, f"cannot be read ({getattr(error, 'strerror', None) or first_line(error)})"
 
 
-def open_file(file: str) -> io.BufferedIOBase:
+def open_file(file: str | Path) -> io.BufferedIOBase:
     """Open a file or stdin so that it is seekable, which pipes are not."""
     if file == "-":
         return io.BytesIO(sys.stdin.buffer.read())
@@ -62,11 +74,10 @@ def open_file(file: str) -> io.BufferedIOBase:
 
 
 def read_picture(stream: io.BufferedIOBase, resize: str = "crop") -> Tensor:
-    """Read a picture as the network sees it, (3, 32, 32) uint8 RGB.
+    """Read a picture as the network sees it, (3, 32, 32) uint8 RGB: see `shrink`.
 
-    The middle square (`crop`), or the whole (`squash`), is scaled by a triangle filter as wide as a
-    new pixel (Pillow's `BILINEAR`): without such antialiasing most photographs are not recognized.
-    A picture of 32x32 pixels stays as it is.
+    Raises:
+        ValueError: it is empty, or of a kind that is not read; Pillow raises other errors.
     """
     start = stream.read(12)
     stream.seek(0)
@@ -75,7 +86,16 @@ def read_picture(stream: io.BufferedIOBase, resize: str = "crop") -> Tensor:
     is_heic = start[4:8] == b"ftyp" and start[8:12] in HEIC_BRANDS
     if is_heic and not heic_support():
         raise ValueError("HEIC needs `pip install pillow-heif`")
-    image = to_rgb(Image.open(stream, formats=readable_formats()))
+    return shrink(to_rgb(Image.open(stream, formats=readable_formats())), resize)
+
+
+def shrink(image: Image.Image, resize: str) -> Tensor:
+    """Scale an RGB image to what the network sees, (3, 32, 32) uint8.
+
+    The middle square (`crop`), or the whole (`squash`), is scaled by a triangle filter as wide as a
+    new pixel (Pillow's `BILINEAR`): without such antialiasing most photographs are not recognized.
+    A picture of 32x32 pixels stays as it is.
+    """
     if resize == "crop":
         side = min(image.size)
         left, upper = ((length - side) // 2 for length in image.size)
