@@ -37,7 +37,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from data import EVAL_BATCH, Normalize, Split, data_config, load_dataset, stratified
+from data import EVAL_BATCH, Dataset, Normalize, Split, data_config, load_dataset, stratified
 from engine.checkpoint import find_checkpoint, load_model
 from engine.distributed import keep_freed_memory
 from engine.script import plain_arguments
@@ -131,17 +131,13 @@ def export(
     if examples and "page" not in format:
         raise InputError(f"examples: {examples}, but no page is asked for; add --format page")
     formats = check_libraries(format)
+    check_folder(out, formats)
     path = find_checkpoint(checkpoint)
     model, info = load_model(path)
     data = load_dataset(data_config(info, data_dir, download))
-    if out.exists() and not out.is_dir():
-        raise InputError(f"out: {out} is a file; name a folder")
     keep_freed_memory()  # as in a training, for the times of PyTorch
     test = data.test[:limit] if limit else data.test
-    calibration = data.train
-    if len(calibration) > CALIBRATION_IMAGES:
-        calibration = stratified(data.train, CALIBRATION_IMAGES)[1]
-    calibration = calibration.images / 255
+    calibration = choose_calibration(data).images / 255
     # With the normalization inside, no app can get it wrong.
     network = nn.Sequential(Normalize(info["mean"], info["std"]), model).eval()
     facts = {
@@ -170,7 +166,7 @@ def export(
         print(verdict, flush=True)
         drop = verdicts[0].accuracy - verdict.accuracy
         allowed = MAX_DIFFERENCE * max(1, expected.abs().max().item())
-        if drop > max_drop and round(drop / 100 * len(test)) > 1:
+        if loses_too_much(drop, max_drop, len(test)):
             refused.append(f"max_drop: {kind} loses {drop:.2f} points, {max_drop:g} are allowed")
         elif kind in ("onnx", "pte") and verdict.difference > allowed:
             refused.append(
@@ -250,6 +246,25 @@ def check_libraries(asked: tuple[str, ...]) -> list[str]:
     return formats
 
 
+def check_folder(out: Path, formats: list[str]) -> None:
+    """Raise InputError if files cannot go to `out`, or a page of somebody else's is there."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"out: {out} is a file; name a folder")
+    page = out / "index.html"
+    if "page" in formats and page.exists() and not (out / "network.json").exists():
+        raise InputError(f"out: {page} is another page; name another folder, or move it away")
+
+
+def choose_calibration(data: Dataset) -> Split:
+    """Choose training images for the ranges of int8, with the share of every class.
+
+    Those of a folder are in random order, and a class may have too few of them to be divided.
+    """
+    if len(data.train) <= CALIBRATION_IMAGES or data.name == "folder":
+        return data.train[:CALIBRATION_IMAGES]
+    return stratified(data.train, CALIBRATION_IMAGES)[1]
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence what the exporters print, log and warn about, C++ code included."""
@@ -294,6 +309,11 @@ def verify(name: str, size: int, opener: Opener, test: Split, expected: Tensor) 
         single_ms=latency(classifier, images[:1], 50),
         batch_ms=latency(classifier, images, 10) / LARGE_BATCH if takes_batches else None,
     )
+
+
+def loses_too_much(drop: float, max_drop: float, num_images: int) -> bool:
+    """True if a drop in percent is over `max_drop` and over one of the images."""
+    return drop > max_drop and round(drop / 100 * num_images) > 1
 
 
 def percent(right: Tensor) -> float:

@@ -103,7 +103,6 @@ def test_python_examples_run(code, tmp_path, monkeypatch):
     places = {
         "path/to/this/folder": ROOT.as_posix(),
         "photo.jpg": photo.as_posix(),
-        "tiny-int8.onnx": "web/network.onnx",
         "train(config)": "None, None",
     }
     for name, place in places.items():
