@@ -14,11 +14,12 @@ import pytest
 import torch
 from conftest import ROOT, run_main
 from PIL import Image
+from torch.nn import functional as F
 
 import export
 import predict
 from config import Config
-from data import Split, load_dataset, make_dataset
+from data import Normalize, Split, load_dataset, make_dataset
 from engine.checkpoint import load_model, save_model
 from engine.evaluate import classify
 from engine.pictures import read_picture
@@ -166,6 +167,30 @@ def test_calibration_takes_a_folder_with_a_class_of_one_training_image():
     split = Split(images, torch.tensor([1] + [0] * 519))
     folder = make_dataset("folder", split, facts=("ab", (0.5,) * 3, (0.5,) * 3))
     assert len(export.choose_calibration(folder)) == export.CALIBRATION_IMAGES
+
+
+@needs_onnx
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("small", "checkpoints/small-int8.onnx"),
+        ("tiny", "checkpoints/tiny-int8.onnx"),
+        ("fast", "web/network.onnx"),
+    ],
+)
+def test_released_int8_is_made_from_the_weights_beside_it(name, file):
+    import onnxruntime
+
+    path, content = ROOT / "checkpoints" / f"{name}.safetensors", (ROOT / file).read_bytes()
+    metadata = onnxruntime.InferenceSession(content).get_modelmeta().custom_metadata_map
+    assert metadata["checkpoint_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    model, info = load_model(path)
+    generator = torch.Generator().manual_seed(0)
+    images = F.interpolate(torch.rand(20, 3, 8, 8, generator=generator), (32, 32), mode="bilinear")
+    with torch.inference_mode():
+        expected = model(Normalize(info["mean"], info["std"])(images))
+    difference = export.open_onnx(content, 1)(images) - expected
+    assert difference.std() < 0.15 * expected.std()
 
 
 @needs_onnx
