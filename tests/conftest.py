@@ -85,6 +85,21 @@ def own_wandb_service():
 
 
 @pytest.fixture
+def new_imports():
+    """Our modules are not imported yet, as in a new process; the libraries are."""
+    names = {path.stem for path in ROOT.glob("*.py")} | {"engine", "search", "studies"}
+
+    def take():
+        found = [name for name in sys.modules if name.partition(".")[0] in names]
+        return {name: sys.modules.pop(name) for name in found}
+
+    before = take()
+    yield
+    take()
+    sys.modules.update(before)
+
+
+@pytest.fixture
 def tiny():
     """The demo cut down to a second: 3 epochs of 3 steps, nothing sent anywhere."""
     return TINY
