@@ -4,8 +4,10 @@ A mistake is one line that names the field, its value and the remedy; status 2; 
 """
 
 import ast
+import atexit
 import errno
 import fcntl
+import importlib
 import inspect
 import io
 import json
@@ -16,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from dataclasses import asdict, fields, replace
@@ -233,11 +236,11 @@ def test_run_that_is_there_or_in_use_or_cannot_be_made(monkeypatch, capsys):
     check_refusal("demo --wandb disabled", words, monkeypatch, capsys)
 
 
-def test_folder_of_all_runs_may_be_in_the_home_directory():
+def test_folder_of_all_runs_may_be_in_the_home_directory(new_imports, monkeypatch):
     """A shell expands ~, but neither Docker nor a file of settings does."""
-    env = os.environ | {"TPSNET_CHECKPOINTS": "~/runs", "PYTHONPATH": str(ROOT)}
-    show = [sys.executable, "-c", "import utils; print(utils.CHECKPOINTS)"]
-    assert subprocess.check_output(show, env=env, text=True).strip() == str(Path.home() / "runs")
+    monkeypatch.setenv("TPSNET_CHECKPOINTS", "~/runs")
+    folder = importlib.import_module("utils").CHECKPOINTS
+    assert folder == Path.home() / "runs"
 
 
 def test_folder_behind_a_link_to_nothing():
@@ -506,42 +509,35 @@ def test_compile_without_a_compiler():
     assert not Path("checkpoints").exists()
 
 
-IMPORTING = """
-import atexit, importlib, json, os, pathlib, signal, sys, threading, warnings
-import filelock, matplotlib.figure, numpy, PIL.Image, PIL.ImageOps, safetensors.torch
-import scipy.optimize, torch, torch.optim.swa_utils, torch.utils.flop_counter, torchvision, tqdm
-
-def state():
+def state_of_this_process():
+    """What importing a library must leave as it is."""
     return {
-        "hooks": [repr(h) for h in (sys.excepthook, threading.excepthook, sys.unraisablehook)],
-        "handlers": [repr(signal.getsignal(number)) for number in signal.valid_signals()],
+        "hooks": [sys.excepthook, threading.excepthook, sys.unraisablehook],
+        "handlers": [signal.getsignal(number) for number in signal.valid_signals()],
         "exit": atexit._ncallbacks(),
         "environment": dict(os.environ),
-        "warnings": [repr(entry) for entry in warnings.filters],
+        "warnings": list(warnings.filters),
         "streams": [(id(s), s.errors, s.encoding) for s in (sys.stdin, sys.stdout, sys.stderr)],
-        "process": [sys.argv, sys.path, os.getcwd(), threading.active_count()],
-        "torch": [torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(),
-                  torch.are_deterministic_algorithms_enabled(), torch.initial_seed(),
-                  torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32],
-        "files": sorted(map(str, pathlib.Path().iterdir())),
+        "process": [list(sys.argv), list(sys.path), Path.cwd(), threading.active_count()],
+        "torch": [
+            torch.get_num_threads(),
+            torch.get_default_dtype(),
+            torch.is_grad_enabled(),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.initial_seed(),
+            torch.backends.cudnn.benchmark,
+            torch.backends.cuda.matmul.allow_tf32,
+        ],
+        "files": sorted(Path().iterdir()),
     }
 
-for name in sys.argv[1:]:
-    before = state()
+
+@pytest.mark.parametrize("name", ["train", "test", "predict", "export", "hubconf", "search"])
+def test_importing_changes_nothing(name, new_imports, capsys):
+    before = state_of_this_process()
     importlib.import_module(name)
-    after = state()
-    for part in before:
-        if before[part] != after[part]:
-            print(name, part, before[part], after[part])
-"""
-
-
-def test_importing_changes_nothing():
-    modules = ["train", "test", "predict", "export", "hubconf", "search"]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    line = [sys.executable, "-c", IMPORTING, *modules]
-    result = subprocess.run(line, env=env, capture_output=True, text=True)
-    assert (result.stdout, result.stderr, result.returncode) == ("", "", 0)
+    assert state_of_this_process() == before
+    assert capsys.readouterr() == ("", "")
 
 
 def test_commit_of_a_repository_around_ours_is_not_ours(monkeypatch):
