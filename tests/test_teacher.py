@@ -1,6 +1,5 @@
 """A network taught by another one: its targets, the answers that are kept, resuming."""
 
-import contextlib
 import functools
 import shutil
 from dataclasses import replace
@@ -31,17 +30,9 @@ def digits():
     return DIGITS
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A network that train.py wrote."""
-    with contextlib.chdir(tmp_path_factory.mktemp("teacher")):
-        train(replace(TINY, name="teacher", batch_size=64, epochs=2, max_steps_per_epoch=0))
-        return Path("checkpoints/teacher/model.safetensors").resolve()
-
-
 @pytest.fixture(autouse=True)
-def teacher_file(trained):
-    shutil.copy(trained, "teacher.safetensors")
+def teacher_file(demo):
+    shutil.copy(demo[0] / "model.safetensors", "teacher.safetensors")
 
 
 def nothing():
