@@ -27,7 +27,6 @@ HAS_CIFAR10 = any(
     (ROOT / "data" / name).is_dir()
     for name in (data.RELEASES["cifar10"].binary_folder, data.RELEASES["cifar10"].python_folder)
 )
-TINY_LINE = "demo --name tiny --c1 4 --batch-size 16 --epochs 3 --max-steps-per-epoch 3 --wandb disabled".split()
 TINY = replace(
     PRESETS["demo"],
     name="tiny",
