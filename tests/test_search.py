@@ -102,6 +102,8 @@ def test_ray_is_neither_imported_nor_set_up_before_the_options_are_checked(
     new_imports, monkeypatch
 ):
     monkeypatch.setitem(sys.modules, "ray", None)  # importing it is an error
+    for name in [name for name in os.environ if name.startswith(("RAY_", "TUNE_"))]:
+        monkeypatch.delenv(name)  # of another test
     before = dict(os.environ)
     search = importlib.import_module("search.run")
     with pytest.raises(SystemExit):
