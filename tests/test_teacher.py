@@ -18,10 +18,12 @@ from train import train as train_on
 from utils import InputError
 
 CPU = torch.device("cpu")
-VIEWED = replace(TINY, name="student", teacher="teacher.safetensors", crop_padding=0)
+VIEWED = replace(
+    TINY, name="student", teacher="teacher.safetensors", train_size=200, crop_padding=0
+)
 
 
-DIGITS = load_dataset(TINY)
+DIGITS = load_dataset(VIEWED)
 train = functools.partial(train_on, data=DIGITS)
 
 
