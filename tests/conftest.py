@@ -27,12 +27,10 @@ HAS_CIFAR10 = any(
     (ROOT / "data" / name).is_dir()
     for name in (data.RELEASES["cifar10"].binary_folder, data.RELEASES["cifar10"].python_folder)
 )
-TINY_LINE = (
-    "demo --name tiny --batch-size 16 --epochs 3 --max-steps-per-epoch 3 --wandb disabled".split()
-)
 TINY = replace(
     PRESETS["demo"],
     name="tiny",
+    c1=4,
     batch_size=16,
     epochs=3,
     max_steps_per_epoch=3,
@@ -82,6 +80,21 @@ def own_wandb_service():
         import wandb
 
         wandb.teardown()
+
+
+@pytest.fixture
+def new_imports():
+    """Our modules are not imported yet, as in a new process; the libraries are."""
+    names = {path.stem for path in ROOT.glob("*.py")} | {"engine", "search", "studies"}
+
+    def take():
+        found = [name for name in sys.modules if name.partition(".")[0] in names]
+        return {name: sys.modules.pop(name) for name in found}
+
+    before = take()
+    yield
+    take()
+    sys.modules.update(before)
 
 
 @pytest.fixture

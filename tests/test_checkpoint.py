@@ -1,8 +1,8 @@
 """The two files of a run: saved whole or not at all, and refused in one line if damaged."""
 
+import importlib
 import json
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 
@@ -123,9 +123,9 @@ def test_failed_save_leaves_the_old_file_whole(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"class_names": list(range(10))}, "class_names and dataset must be texts"),
+        ({"class_names": list(range(10))}, "class_names, dataset and data_dir must be texts"),
         ({"class_names": ["cat", "dog"]}, "as many class_names as num_classes"),
-        ({"dataset": ["digits"]}, "class_names and dataset must be texts"),
+        ({"dataset": ["digits"]}, "class_names, dataset and data_dir must be texts"),
         ({"std": [0.5, 0, 0.5]}, "std: 0 must be"),
         ({"temperature": 99}, "temperature: 99 must be"),
     ],
@@ -150,17 +150,17 @@ def test_file_that_cannot_be_opened():
         load_model("loop.safetensors")
 
 
-def test_application_needs_three_files(tmp_path):
+def test_application_needs_three_files(tmp_path, new_imports, monkeypatch):
     """To load a network: engine/checkpoint.py, model.py and utils.py."""
     for name in ("engine/checkpoint.py", "model.py", "utils.py"):
         path = tmp_path / "app" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes((ROOT / name).read_bytes())
     save_model("m.safetensors", ResNet(Architecture(**SMALL)), INFO)
-    code = "import sys; sys.path.insert(0, 'app'); from engine.checkpoint import load_model;"
-    code += "model, info = load_model('m.safetensors'); print(info['class_names'][3])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (result.stdout, result.stderr) == ("d\n", "")
+    path = [folder for folder in sys.path if Path(folder).resolve() != ROOT]
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "app"), *path])
+    _, info = importlib.import_module("engine.checkpoint").load_model("m.safetensors")
+    assert info["class_names"][3] == "d"
 
 
 # ---------------------------------------------------------------- the state of a training

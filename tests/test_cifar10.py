@@ -16,6 +16,7 @@ from utils import read_csv
 
 DATA = ROOT / "data"
 RELEASED = sorted((ROOT / "checkpoints").glob("*.safetensors"))
+QUICK = ("small", "tiny")  # of the released networks, those that classify in seconds
 pytestmark = pytest.mark.cifar10
 
 
@@ -36,11 +37,12 @@ def test_it_is_cifar10(cifar10):
 
 
 def test_mean_and_std_are_the_data_sets(cifar10):
-    channels = cifar10.train.images.transpose(0, 1).flatten(1).double() / 255
+    channels = cifar10.train.images.transpose(0, 1).flatten(1) / 255
     assert channels.mean(1).tolist() == pytest.approx(cifar10.mean, abs=1e-4)
     assert channels.std(1).tolist() == pytest.approx(cifar10.std, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_validation_split(cifar10):
     split = load_dataset(Config(data_dir=str(DATA), val_size=5000, download=False))
     assert split.train.labels.bincount().tolist() == [4500] * 10
@@ -62,7 +64,13 @@ def test_rehearsal_goes_through_every_stage_to_a_tested_checkpoint():
     assert re.search(r"^automobile +[\d,]+ +1,000 ", tested.stdout, re.MULTILINE)
 
 
-@pytest.mark.parametrize("path", RELEASED, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem not in QUICK))
+        for path in RELEASED
+    ],
+)
 def test_released_weights_classify_as_well_as_they_claim(path, cifar10):
     """On a tenth of the test set, where three points are four standard errors."""
     model, info = load_model(path)

@@ -6,6 +6,7 @@ A mistake is one line that names the field, its value and the remedy; status 2; 
 import ast
 import errno
 import fcntl
+import importlib
 import inspect
 import io
 import json
@@ -233,11 +234,11 @@ def test_run_that_is_there_or_in_use_or_cannot_be_made(monkeypatch, capsys):
     check_refusal("demo --wandb disabled", words, monkeypatch, capsys)
 
 
-def test_folder_of_all_runs_may_be_in_the_home_directory():
+def test_folder_of_all_runs_may_be_in_the_home_directory(new_imports, monkeypatch):
     """A shell expands ~, but neither Docker nor a file of settings does."""
-    env = os.environ | {"TPSNET_CHECKPOINTS": "~/runs", "PYTHONPATH": str(ROOT)}
-    show = [sys.executable, "-c", "import utils; print(utils.CHECKPOINTS)"]
-    assert subprocess.check_output(show, env=env, text=True).strip() == str(Path.home() / "runs")
+    monkeypatch.setenv("TPSNET_CHECKPOINTS", "~/runs")
+    folder = importlib.import_module("utils").CHECKPOINTS
+    assert folder == Path.home() / "runs"
 
 
 def test_folder_behind_a_link_to_nothing():
@@ -509,7 +510,7 @@ def test_compile_without_a_compiler():
 IMPORTING = """
 import atexit, importlib, json, os, pathlib, signal, sys, threading, warnings
 import filelock, matplotlib.figure, numpy, PIL.Image, PIL.ImageOps, safetensors.torch
-import scipy.optimize, torch, torch.optim.swa_utils, torch.utils.flop_counter, torchvision, tqdm
+import scipy.optimize, torch, torch.optim.swa_utils, torch.utils.flop_counter, tqdm
 
 def state():
     return {
@@ -519,7 +520,7 @@ def state():
         "environment": dict(os.environ),
         "warnings": [repr(entry) for entry in warnings.filters],
         "streams": [(id(s), s.errors, s.encoding) for s in (sys.stdin, sys.stdout, sys.stderr)],
-        "process": [sys.argv, sys.path, os.getcwd(), threading.active_count()],
+        "process": [sys.argv, list(sys.path), os.getcwd(), threading.active_count()],
         "torch": [torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(),
                   torch.are_deterministic_algorithms_enabled(), torch.initial_seed(),
                   torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32],

@@ -1,7 +1,9 @@
 """The commands, examples and links of the README and docs/ work."""
 
+import contextlib
 import functools
 import importlib
+import io
 import re
 import shlex
 from pathlib import Path
@@ -56,6 +58,16 @@ def main_of(source):
     return importlib.import_module(name.group(1)).main
 
 
+@functools.cache
+def help_of(source):
+    """The help of a script."""
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), pytest.raises(SystemExit) as ended:
+        main_of(source)(["-h"])
+    assert not ended.value.code
+    return shown.getvalue()
+
+
 def test_commands_are_found():
     scripts = {command.split(" ")[0] for command in COMMANDS}
     assert {"train.py", "test.py", "predict.py", "export.py", "tests/faults.py"} <= scripts
@@ -70,17 +82,13 @@ def test_scripts_exist():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_options_exist(command, monkeypatch, capsys):
+def test_options_exist(command, monkeypatch):
     options = re.findall(r"(?<!\S)--[a-z0-9-]+", command)
     if not options:
         return
     monkeypatch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit) as ended:
-        main_of(source_of(command))(["-h"])
-    assert not ended.value.code
-    shown = capsys.readouterr().out
     for option in options:
-        assert re.search(rf"{option}(?![\w-])", shown), option
+        assert re.search(rf"{option}(?![\w-])", help_of(source_of(command))), option
 
 
 @pytest.mark.parametrize("command", sorted(set(TRAININGS)))

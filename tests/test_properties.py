@@ -100,7 +100,7 @@ def predicted(a):
 def test_configuration_runs_as_predicted_or_its_field_is_named():
     outcomes = []
 
-    @settings(max_examples=400, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=300, deadline=None, derandomize=True, database=None)
     @given(architectures())
     def check(architecture):
         try:

@@ -107,10 +107,12 @@ RECIPES = {
 }
 
 
-@pytest.fixture(params=["sgd", pytest.param("average", marks=pytest.mark.slow), "muon"])
+@pytest.fixture(
+    params=[pytest.param(name, marks=[pytest.mark.slow] * (name != "muon")) for name in RECIPES]
+)
 def recipe(tiny, request):
     network = {"num_blocks": (1,), "pool_kernel": 32, "c1": 4}
-    size = {"batch_size": 50, "epochs": 6, "max_steps_per_epoch": 0, "train_size": 220, "lr": 0.05}
+    size = {"batch_size": 50, "epochs": 4, "max_steps_per_epoch": 0, "train_size": 220, "lr": 0.05}
     return replace(tiny, **network, **size, **RECIPES[request.param])
 
 
@@ -128,7 +130,7 @@ def weights(name):
 
 def test_recorded_steps_learn_the_same_and_resume_both_ways(recipe, recording, monkeypatch):
     def stop(log):
-        if len(log) == 4:
+        if len(log) == 3:
             raise KilledError
 
     def begin(name):
@@ -205,6 +207,7 @@ def test_graphs_share_memory_with_those_of_the_same_function_alone(recording, mo
     assert used == [1, 1, 2, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["muon"], indirect=True)
 def test_the_check_for_gpus_compares_recorded_and_resumed_steps(recipe, recording, capsys):
     gpu.check(recipe, torch.device("cpu"))
@@ -214,6 +217,7 @@ def test_the_check_for_gpus_compares_recorded_and_resumed_steps(recipe, recordin
     assert all(tape.replays for tape in recording)  # a proxy's, too, whether it learns or not
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["muon"], indirect=True)
 def test_the_check_for_gpus_notices_a_constant_learning_rate(
     recipe, recording, monkeypatch, capsys

@@ -35,6 +35,7 @@ def trials(number):
     return [*rows, rows[0] | {"early_accuracy": None}]
 
 
+@pytest.mark.slow
 def test_a_search_has_five_figures(tmp_path):
     paths = effects(trials(12), tmp_path, "12 trials")
     assert [path.name for path in paths] == list(EFFECTS)

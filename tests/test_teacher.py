@@ -1,6 +1,5 @@
 """A network taught by another one: its targets, the answers that are kept, resuming."""
 
-import contextlib
 import functools
 import shutil
 from dataclasses import replace
@@ -19,10 +18,12 @@ from train import train as train_on
 from utils import InputError
 
 CPU = torch.device("cpu")
-VIEWED = replace(TINY, name="student", teacher="teacher.safetensors", crop_padding=0)
+VIEWED = replace(
+    TINY, name="student", teacher="teacher.safetensors", train_size=200, crop_padding=0
+)
 
 
-DIGITS = load_dataset(TINY)
+DIGITS = load_dataset(VIEWED)
 train = functools.partial(train_on, data=DIGITS)
 
 
@@ -31,17 +32,9 @@ def digits():
     return DIGITS
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A network that train.py wrote."""
-    with contextlib.chdir(tmp_path_factory.mktemp("teacher")):
-        train(replace(TINY, name="teacher", batch_size=64, epochs=2, max_steps_per_epoch=0))
-        return Path("checkpoints/teacher/model.safetensors").resolve()
-
-
 @pytest.fixture(autouse=True)
-def teacher_file(trained):
-    shutil.copy(trained, "teacher.safetensors")
+def teacher_file(demo):
+    shutil.copy(demo[0] / "model.safetensors", "teacher.safetensors")
 
 
 def nothing():
