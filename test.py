@@ -23,7 +23,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from config import Recipe
-from data import APPROXIMATE_COPY, Dataset, Normalize, data_config, fingerprint, load_dataset
+from data import APPROXIMATE_COPY, Dataset, Normalize, check_classes, fingerprint, load_data_of
 from engine import plots
 from engine.checkpoint import find_checkpoint, load_model
 from engine.distributed import init_processes
@@ -62,7 +62,7 @@ def test(
             several runs, NAME-0, NAME-1, ..., the means of their accuracies are compared.
         json: Also write the result to this file.
         data_dir: Folder of the data; by default `data`, or where your own pictures were.
-        download: Download CIFAR-10 if it is not in data_dir.
+        download: Download CIFAR if it is not in data_dir.
 
     Returns:
         The content of the JSON file.
@@ -80,7 +80,7 @@ def test(
     other_path = find_checkpoint(Path(compare)) if compare else None
     model, info = load_model(path)
     other, other_info = load_model(other_path) if compare else (None, None)
-    data = load_dataset(data_config(info, data_dir, download))
+    data = load_data_of(path, info, data_dir, download)
     check_data(path, info, data)
     if compare:
         check_data(other_path, other_info, data)
@@ -89,7 +89,8 @@ def test(
     cost = model_cost(model.architecture)
     print(
         f"{shown(path)}: {printable(info.get('preset'))} network, {cost.num_params:,} parameters,"
-        f" {cost.macs / 1e6:,.1f} M MACs, {printable(info.get('epochs'))} epochs of {data.name}"
+        f" {cost.macs / 1e6:,.1f} M MACs, {printable(info.get('epochs'))} epochs of"
+        f" {'your pictures' if data.name == 'folder' else data.name}"
     )
     labels = data.test.labels
     logits = logits_of(model, info, data)
@@ -161,10 +162,7 @@ def shown(path: Path) -> str:
 
 def check_data(path: Path, info: dict[str, object], data: Dataset) -> None:
     """Raise InputError if the network has other classes than `data`; report another copy of it."""
-    if info["class_names"] != list(data.class_names):
-        raise InputError(
-            f"checkpoint: {path} has other classes than {data.name}; name another checkpoint"
-        )
+    check_classes(path, info, data.name, data.class_names)
     trained_with = info.get("data_fingerprint")
     # A search reads no test images, so the fingerprint of its networks is that of the others.
     if trained_with == data.fingerprint or trained_with == fingerprint(data.train):

@@ -85,6 +85,16 @@ def folders_in(folder: Path) -> list[str]:
     raise InputError(f"data_dir: {folder} {problem}; name a folder that holds {LAYOUT}")
 
 
+def count_pictures(data_dir: Path) -> dict[str, int]:
+    """Count the files of each class that are not in the test folder and look like pictures.
+
+    Raises:
+        InputError: there are no class folders.
+    """
+    train, _ = find_splits(data_dir)
+    return {name: len(list_files(train / name)[0]) for name in class_names(train)}
+
+
 def read_splits(
     train: Path, test: Path | None, with_test: bool = True
 ) -> tuple[tuple[str, ...], list[tuple[Tensor, Tensor]]]:

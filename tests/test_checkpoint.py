@@ -123,9 +123,9 @@ def test_failed_save_leaves_the_old_file_whole(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"class_names": list(range(10))}, "class_names and dataset must be texts"),
+        ({"class_names": list(range(10))}, "class_names, dataset and data_dir must be texts"),
         ({"class_names": ["cat", "dog"]}, "as many class_names as num_classes"),
-        ({"dataset": ["digits"]}, "class_names and dataset must be texts"),
+        ({"dataset": ["digits"]}, "class_names, dataset and data_dir must be texts"),
         ({"std": [0.5, 0, 0.5]}, "std: 0 must be"),
         ({"temperature": 99}, "temperature: 99 must be"),
     ],
