@@ -36,8 +36,8 @@ class Start:
                 for values in (theirs, ours)
             )
             raise InputError(
-                f"init: {self.path.as_posix()} has {has}, and this run {wants}; give it the same"
-                " architecture, or name another file"
+                f"init: {config.init} has {has}, and this run {wants}; give it the same"
+                ' architecture, name another file, or none (--init "")'
             )
 
     def normalized(self, data: Dataset) -> Dataset:
