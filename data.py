@@ -536,22 +536,24 @@ def load_folder(data_dir: Path, test: bool = True) -> Dataset:
     if folders[1] == data_dir / "test" and (data_dir / "val").is_dir():
         warn(f"{data_dir / 'val'}: not used beside test; --val-size sets training images aside")
     names, found = read_splits(*folders, with_test=test)
-    train, *tests = (Split(*pair) for pair in found)
-    train = train[torch.randperm(len(train), generator=generator("folder", SPLIT_SEED))]
+    every, *tests = (Split(*pair) for pair in found)
+    order = torch.randperm(len(every), generator=generator("folder", SPLIT_SEED))
     if folders[1] is None:
-        train, held_out = set_fifth_aside(train)
-        tests = [held_out] if test else []
+        held_out = first_fifth(every.labels[order])
+        tests = [every[order[held_out]]] if test else []
+        order = order[~held_out]
+    train = every[order]
     facts = (names, *mean_and_std(train.images))
     return make_dataset("folder", train, *tests, facts=facts)
 
 
-def set_fifth_aside(split: Split) -> tuple[Split, Split]:
-    """Split off the first fifth of each class, at least one image. Returns (rest, split off)."""
-    held_out = torch.zeros(len(split), dtype=torch.bool)
-    for label in split.labels.unique():
-        (places,) = (split.labels == label).nonzero(as_tuple=True)
-        held_out[places[: max(1, round(len(places) / 5))]] = True
-    return split[~held_out], split[held_out]
+def first_fifth(labels: Tensor) -> Tensor:
+    """Mark the first fifth of each class, at least one image, (N,) bool."""
+    marked = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        (places,) = (labels == label).nonzero(as_tuple=True)
+        marked[places[: max(1, round(len(places) / 5))]] = True
+    return marked
 
 
 def mean_and_std(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -20,7 +20,7 @@ from engine.pictures import MAX_READERS, attempt, list_files
 from utils import IMAGE_SIZE, InputError, warn
 
 MAX_CLASSES = 1000
-CHUNK = 500  # pictures between two moves of the progress bar
+CHUNK = 500  # pictures that are given to the threads at once
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}  # no classes
 LAYOUT = "a folder of pictures for each class"
 
@@ -211,5 +211,5 @@ def read_pictures(files: list[Path]) -> tuple[Tensor, list[str | None]]:
                 errors.append(error)
                 if image is not None:
                     images[i] = image
-            bar.update(len(chunk))
+                bar.update()
     return images, errors
