@@ -3,6 +3,7 @@
     python train.py                              # TPSNet: 300 epochs of the paper's recipe
     python train.py model1 --epochs 30 --lr 0.1  # another preset, with any constant overridden
     python train.py demo                         # handwritten digits: no download, two minutes
+    python train.py mine --data-dir photos       # your own pictures, in a folder for each class
     python train.py --config best.json           # the constants of a search or of another run
     torchrun --nproc-per-node 4 train.py         # one process per GPU
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine.distributed import is_main
-from engine.pictures import MAX_READERS, attempt, list_files
+from engine.pictures import MAX_READERS, list_files, read_or_explain
 from utils import IMAGE_SIZE, InputError, warn
 
 MAX_CLASSES = 1000
@@ -207,7 +207,7 @@ def read_pictures(files: list[Path]) -> tuple[Tensor, list[str | None]]:
     ):
         for start in range(0, len(files), CHUNK):
             chunk = files[start : start + CHUNK]
-            for i, (image, error) in enumerate(readers.map(attempt, map(str, chunk)), start):
+            for i, (image, error) in enumerate(readers.map(read_or_explain, chunk), start):
                 errors.append(error)
                 if image is not None:
                     images[i] = image

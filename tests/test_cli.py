@@ -74,6 +74,11 @@ MISTAKES = [
     # the optimization
     ("best --momentum 0", ["momentum", "0", "--no-nesterov"]),
     ("demo --warmup-epochs 15", ["warmup_epochs", "15 of 15", "use 0 to 14"]),
+    ("small --init nothing", ["init", "nothing does not exist"]),
+    (
+        "small --init fast",
+        ["init: fast has channels (96, 192, 384), and this run channels (48, 96, 192); give it"],
+    ),
     # the run
     ("demo --name ../elsewhere", ["name", "'../elsewhere'", "letters, digits"]),
     ("demo --name a/b/c", ["name", "'a/b/c'", "GROUP/NAME"]),
