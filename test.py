@@ -38,7 +38,16 @@ from engine.evaluate import (
 )
 from engine.script import plain_arguments
 from model import Architecture, model_cost
-from utils import CHECKPOINTS, InputError, check_output, printable, read_csv, warn, write_json
+from utils import (
+    CHECKPOINTS,
+    InputError,
+    check_output,
+    printable,
+    quoted,
+    read_csv,
+    warn,
+    write_json,
+)
 
 NUM_MISTAKES = 24  # in the figure of the mistakes
 MAX_ROWS = 20  # of the table of classes
@@ -379,10 +388,9 @@ def load_group(runs: list[Path]) -> list[dict[str, object]]:
     for run in runs:
         infos.append(load_model(find_checkpoint(run))[1])
         if infos[-1].get("accuracy", {}).get("test") is None:  # it is written at the very end
-            folder = run.as_posix()
             raise InputError(
-                f"checkpoint: the run in {folder} is not finished; go on with it by `python"
-                f" train.py --config {folder}/config.json --resume`, or move it away"
+                f"checkpoint: the run in {run.as_posix()} is not finished; go on with it by `python"
+                f" train.py --config {quoted(run / 'config.json')} --resume`, or move it away"
             )
     for constant in (*fields(Architecture), *fields(Recipe)):
         values = [info["config"].get(constant.name, constant.default) for info in infos]
