@@ -747,7 +747,7 @@ def test_own_pictures_are_trained_resumed_tested_and_predicted(layout, monkeypat
     assert run_main("predict", "photos/test" if layout else "photos", monkeypatch=monkeypatch) == 0
     Path("photos").rename("moved")
     assert run_main("test", *args, monkeypatch=monkeypatch) == 2
-    (error,) = capsys.readouterr().err.splitlines()
+    error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: data_dir: {Path('photos').absolute()}, whose pictures ")
     assert error.endswith("does not exist; name the folder where they are now with --data-dir")
     make_pictures("others", bee=1, fly=1)
