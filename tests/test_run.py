@@ -812,6 +812,9 @@ def test_a_run_from_weights_resumes_to_the_bit_but_not_from_others(source, tiny)
     with pytest.raises(KeyboardInterrupt):
         train(config, report=end)
     content = path.read_bytes()
+    path.unlink()
+    with pytest.raises(InputError, match=r"^init: .*; restore it, which --resume needs"):
+        train(replace(config, resume=True))
     train(replace(tiny, name="source", epochs=1, seed=1, overwrite=True))
     with pytest.raises(InputError, match=r"^resume: .* is not the file that it was started from"):
         train(replace(config, resume=True))
