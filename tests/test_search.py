@@ -204,6 +204,7 @@ def test_a_trial_is_a_function_of_the_seed_and_its_number(algorithm):
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "demo"])
 def test_every_preset_can_be_searched_from(preset):
+    make_pictures("photos", cat=2, dog=2)  # of `mine`
     trials = make_trials(SPACE, preset, epochs=30)
     for number in (1, 2, 3):
         sample, _ = draw_sample(trials.search, trials.base, SPACE, number, [])
