@@ -25,6 +25,7 @@ from utils import (
     first_line,
     from_json,
     part_of,
+    quoted,
     read_json,
 )
 
@@ -433,7 +434,7 @@ def resuming(run: str) -> str:
     """The command that resumes a run, given as its name, its folder or a file in it."""
     for folder in (Path(run), CHECKPOINTS / run, Path(run).parent):
         if (file := folder / "config.json").exists():
-            return f"`python train.py --config {file.as_posix()} --resume` goes on with that run"
+            return f"`python train.py --config {quoted(file)} --resume` goes on with that run"
     return "repeat the command that started the run, with --resume alone"
 
 

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import augment
-from config import Config, check_batches, image_size, steps_per_epoch, view_of
+from config import Config, image_size, steps_per_epoch, view_of
 from engine.distributed import num_processes, rank
-from engine.folders import class_names, find_splits, read_splits
 from utils import IMAGE_SIZE, InputError, first_line, generator, warn
 
 # Class names, and the mean and std per channel over all pixels of the training images, scaled to
@@ -257,16 +256,18 @@ def eval_batches(images: Tensor, normalize: Normalize) -> Iterator[Tensor]:
 # ---------------------------------------------------------------- loading
 
 
-def num_classes_of(config: Config) -> int:
-    """Count the classes of a configuration's data set; of a folder, by the folders in it.
+def class_names_of(config: Config) -> tuple[str, ...]:
+    """The class names of a configuration's data set, by listing folders, without reading images.
 
     Raises:
         InputError: there is no such data set, or the folder has no classes.
     """
     check_known(config.dataset)
     if config.dataset == "folder":
-        return len(class_names(find_splits(Path(config.data_dir).expanduser())[0]))
-    return len(FACTS[config.dataset][0])
+        from engine.folders import class_names, find_splits  # torch.hub lacks their libraries
+
+        return class_names(find_splits(Path(config.data_dir).expanduser())[0])
+    return tuple(FACTS[config.dataset][0])
 
 
 def check_known(dataset: object) -> None:
@@ -276,14 +277,38 @@ def check_known(dataset: object) -> None:
         raise InputError(f"dataset: {dataset!r} is not one of {', '.join(known)}")
 
 
-def data_config(info: dict[str, object], data_dir: str, download: bool) -> Config:
-    """The constants that load the data set of a network, by the metadata of its file.
+def load_data_of(path: Path, info: dict[str, object], data_dir: str, download: bool) -> Dataset:
+    """Load the data set that a network was trained on, by the metadata of its file.
 
     Args:
-        data_dir: where it is; "" for where pictures of the user's own were in the training.
+        path: of the network, for the messages.
+        data_dir: where the data is; "" for `data`, or where the user's own pictures were.
+
+    Raises:
+        InputError: the pictures have moved, their classes are others, or as in `load_dataset`.
     """
-    data_dir = data_dir or info.get("data_dir") or Config.data_dir
-    return Config(dataset=info.get("dataset"), data_dir=data_dir, download=download)
+    trained_in = info.get("data_dir")
+    if not data_dir and trained_in and not Path(trained_in).exists():
+        raise InputError(
+            f"data_dir: {trained_in}, whose pictures {path} was trained on, does not exist; name"
+            " the folder where they are now with --data-dir"
+        )
+    data_dir = data_dir or trained_in or Config.data_dir
+    config = Config(dataset=info.get("dataset"), data_dir=data_dir, download=download)
+    check_classes(path, info, config.dataset, class_names_of(config))
+    return load_dataset(config)
+
+
+def check_classes(
+    path: Path, info: dict[str, object], dataset: str, class_names: Sequence[str]
+) -> None:
+    """Raise InputError if a network has other classes than a data set."""
+    if info["class_names"] != list(class_names):
+        source, remedy = dataset, "name another checkpoint"
+        if dataset == "folder":
+            source = "the folders of the pictures"
+            remedy = "name its own pictures with --data-dir, or another checkpoint"
+        raise InputError(f"checkpoint: {path} has other classes than {source}; {remedy}")
 
 
 def load_dataset(config: Config, test: bool = True) -> Dataset:
@@ -505,26 +530,30 @@ def load_folder(data_dir: Path, test: bool = True) -> Dataset:
     Without test folders, a fifth of each class is set aside. Mean and std are those of the training
     images.
     """
+    from engine.folders import find_splits, read_splits
+
     folders = find_splits(data_dir)
     if folders[1] == data_dir / "test" and (data_dir / "val").is_dir():
         warn(f"{data_dir / 'val'}: not used beside test; --val-size sets training images aside")
     names, found = read_splits(*folders, with_test=test)
-    train, *tests = (Split(*pair) for pair in found)
-    train = train[torch.randperm(len(train), generator=generator("folder", SPLIT_SEED))]
+    every, *tests = (Split(*pair) for pair in found)
+    order = torch.randperm(len(every), generator=generator("folder", SPLIT_SEED))
     if folders[1] is None:
-        train, held_out = set_fifth_aside(train)
-        tests = [held_out] if test else []
+        held_out = first_fifth(every.labels[order])
+        tests = [every[order[held_out]]] if test else []
+        order = order[~held_out]
+    train = every[order]
     facts = (names, *mean_and_std(train.images))
     return make_dataset("folder", train, *tests, facts=facts)
 
 
-def set_fifth_aside(split: Split) -> tuple[Split, Split]:
-    """Split off the first fifth of each class, at least one image. Returns (rest, split off)."""
-    held_out = torch.zeros(len(split), dtype=torch.bool)
-    for label in split.labels.unique():
-        (places,) = (split.labels == label).nonzero(as_tuple=True)
-        held_out[places[: max(1, round(len(places) / 5))]] = True
-    return split[~held_out], split[held_out]
+def first_fifth(labels: Tensor) -> Tensor:
+    """Mark the first fifth of each class, at least one image, (N,) bool."""
+    marked = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        (places,) = (labels == label).nonzero(as_tuple=True)
+        marked[places[: max(1, round(len(places) / 5))]] = True
+    return marked
 
 
 def mean_and_std(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -585,29 +614,19 @@ def take_training(dataset: Dataset, train_size: int) -> Dataset:
     return replace(dataset, train=stratified(dataset.train, train_size)[1])
 
 
-def check_data(config: Config, data: Dataset) -> None:
-    """Raise InputError if the data cannot be divided into batches, or has other classes."""
-    check_batches(config, len(data.train), num_processes())
-    if config.num_classes != len(data.class_names):
-        raise InputError(
-            f"num_classes: {config.num_classes}, but {data.name} has {len(data.class_names)}; use"
-            " that"
-        )
-
-
 def check_size(name: str, size: int, dataset: Dataset) -> None:
     """Raise InputError unless both parts of the split can have images of every class."""
     num_classes, num_images = len(dataset.class_names), len(dataset.train)
+    numbers = dataset.train.labels.bincount(minlength=num_classes)
+    if numbers.min() < 2:
+        raise InputError(
+            f"{name}: {size}, but there is one training image alone of"
+            f" {dataset.class_names[numbers.argmin()]}, which cannot be divided; add some"
+        )
     if not num_classes <= size <= num_images - num_classes:
         raise InputError(
             f"{name}: {size} of {num_images:,} training images; use 0, or {num_classes} to"
             f" {num_images - num_classes:,}"
-        )
-    fewest = dataset.train.labels.bincount(minlength=num_classes).argmin()
-    if (dataset.train.labels == fewest).sum() < 2:
-        raise InputError(
-            f"{name}: {size}, but there is one training image alone of"
-            f" {dataset.class_names[fewest]}, which cannot be divided; add some, or use 0"
         )
 
 

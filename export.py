@@ -37,7 +37,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from data import EVAL_BATCH, Dataset, Normalize, Split, data_config, load_dataset, stratified
+from data import EVAL_BATCH, Dataset, Normalize, Split, load_data_of, stratified
 from engine.checkpoint import find_checkpoint, load_model
 from engine.distributed import keep_freed_memory
 from engine.script import plain_arguments
@@ -116,7 +116,7 @@ def export(
             image, is not written.
         examples: Test pictures to publish with the page, up to 10.
         data_dir: Folder of the data; by default `data`, or where your own pictures were.
-        download: Download CIFAR-10 if it is not in data_dir.
+        download: Download CIFAR if it is not in data_dir.
 
     Returns:
         The verdicts on PyTorch and on each format.
@@ -134,7 +134,7 @@ def export(
     check_folder(out, formats)
     path = find_checkpoint(checkpoint)
     model, info = load_model(path)
-    data = load_dataset(data_config(info, data_dir, download))
+    data = load_data_of(path, info, data_dir, download)
     keep_freed_memory()  # as in a training, for the times of PyTorch
     test = data.test[:limit] if limit else data.test
     calibration = choose_calibration(data).images / 255

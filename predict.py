@@ -34,7 +34,7 @@ from data import EVAL_BATCH, Normalize
 from engine import evaluate
 from engine.checkpoint import find_checkpoint, load_model
 from engine.distributed import init_processes
-from engine.pictures import MAX_READERS, attempt, list_files
+from engine.pictures import MAX_READERS, list_files, read_or_explain
 from engine.script import plain_arguments
 from utils import (
     CHECKPOINTS,
@@ -101,7 +101,7 @@ def predict(
     ):
         for start in range(0, len(files), batch_size):
             batch = files[start : start + batch_size]
-            read = readers.map(functools.partial(attempt, resize=resize), batch)
+            read = readers.map(functools.partial(read_or_explain, resize=resize), batch)
             pictures, errors = zip(*read, strict=True)
             readable = [picture for picture in pictures if picture is not None]
             predictions = iter(())
@@ -143,7 +143,7 @@ def classify(
     model, info = load_model(find_checkpoint(Path(checkpoint)))
     pictures = []
     for image in images:
-        picture, error = attempt(image if isinstance(image, Image.Image) else Path(image))
+        picture, error = read_or_explain(image if isinstance(image, Image.Image) else Path(image))
         if error:
             raise InputError(f"images: {image} {error}; leave it out")
         pictures.append(picture)

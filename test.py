@@ -23,7 +23,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from config import Recipe
-from data import APPROXIMATE_COPY, Dataset, Normalize, data_config, fingerprint, load_dataset
+from data import APPROXIMATE_COPY, Dataset, Normalize, check_classes, fingerprint, load_data_of
 from engine import plots
 from engine.checkpoint import find_checkpoint, load_model
 from engine.distributed import init_processes
@@ -38,7 +38,16 @@ from engine.evaluate import (
 )
 from engine.script import plain_arguments
 from model import Architecture, model_cost
-from utils import CHECKPOINTS, InputError, check_output, printable, read_csv, warn, write_json
+from utils import (
+    CHECKPOINTS,
+    InputError,
+    check_output,
+    printable,
+    quoted,
+    read_csv,
+    warn,
+    write_json,
+)
 
 NUM_MISTAKES = 24  # in the figure of the mistakes
 MAX_ROWS = 20  # of the table of classes
@@ -62,7 +71,7 @@ def test(
             several runs, NAME-0, NAME-1, ..., the means of their accuracies are compared.
         json: Also write the result to this file.
         data_dir: Folder of the data; by default `data`, or where your own pictures were.
-        download: Download CIFAR-10 if it is not in data_dir.
+        download: Download CIFAR if it is not in data_dir.
 
     Returns:
         The content of the JSON file.
@@ -80,7 +89,7 @@ def test(
     other_path = find_checkpoint(Path(compare)) if compare else None
     model, info = load_model(path)
     other, other_info = load_model(other_path) if compare else (None, None)
-    data = load_dataset(data_config(info, data_dir, download))
+    data = load_data_of(path, info, data_dir, download)
     check_data(path, info, data)
     if compare:
         check_data(other_path, other_info, data)
@@ -89,7 +98,8 @@ def test(
     cost = model_cost(model.architecture)
     print(
         f"{shown(path)}: {printable(info.get('preset'))} network, {cost.num_params:,} parameters,"
-        f" {cost.macs / 1e6:,.1f} M MACs, {printable(info.get('epochs'))} epochs of {data.name}"
+        f" {cost.macs / 1e6:,.1f} M MACs, {printable(info.get('epochs'))} epochs of"
+        f" {'your pictures' if data.name == 'folder' else data.name}"
     )
     labels = data.test.labels
     logits = logits_of(model, info, data)
@@ -161,10 +171,7 @@ def shown(path: Path) -> str:
 
 def check_data(path: Path, info: dict[str, object], data: Dataset) -> None:
     """Raise InputError if the network has other classes than `data`; report another copy of it."""
-    if info["class_names"] != list(data.class_names):
-        raise InputError(
-            f"checkpoint: {path} has other classes than {data.name}; name another checkpoint"
-        )
+    check_classes(path, info, data.name, data.class_names)
     trained_with = info.get("data_fingerprint")
     # A search reads no test images, so the fingerprint of its networks is that of the others.
     if trained_with == data.fingerprint or trained_with == fingerprint(data.train):
@@ -381,10 +388,9 @@ def load_group(runs: list[Path]) -> list[dict[str, object]]:
     for run in runs:
         infos.append(load_model(find_checkpoint(run))[1])
         if infos[-1].get("accuracy", {}).get("test") is None:  # it is written at the very end
-            folder = run.as_posix()
             raise InputError(
-                f"checkpoint: the run in {folder} is not finished; go on with it by `python"
-                f" train.py --config {folder}/config.json --resume`, or move it away"
+                f"checkpoint: the run in {run.as_posix()} is not finished; go on with it by `python"
+                f" train.py --config {quoted(run / 'config.json')} --resume`, or move it away"
             )
     for constant in (*fields(Architecture), *fields(Recipe)):
         values = [info["config"].get(constant.name, constant.default) for info in infos]

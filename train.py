@@ -3,6 +3,7 @@
     python train.py                              # TPSNet: 300 epochs of the paper's recipe
     python train.py model1 --epochs 30 --lr 0.1  # another preset, with any constant overridden
     python train.py demo                         # handwritten digits: no download, two minutes
+    python train.py mine --data-dir photos       # your own pictures, in a folder for each class
     python train.py --config best.json           # the constants of a search or of another run
     torchrun --nproc-per-node 4 train.py         # one process per GPU
 
@@ -19,8 +20,8 @@ if __name__ == "__main__":  # above the imports: a missing library or an old Pyt
 from collections.abc import Callable
 from dataclasses import replace
 
-from config import Config, check_config, parse_command_line
-from data import Dataset, check_data, load_dataset, num_classes_of, train_batches
+from config import Config, check_batches, check_config, parse_command_line
+from data import Dataset, class_names_of, load_dataset, train_batches
 from engine import distributed
 from engine.evaluate import Score, classify, evaluate, fit_temperature, summary
 from engine.progress import Row
@@ -30,7 +31,7 @@ from engine.start import Start
 from engine.teacher import Teacher
 from learner import Learner, Proxy
 from model import check_budget
-from utils import CHECKPOINTS, InputError
+from utils import CHECKPOINTS, InputError, quoted
 
 
 def train(
@@ -64,7 +65,7 @@ def train(
     if data is None:
         with distributed.first_on_each_machine():
             data = load_dataset(config)
-    check_data(config, data)
+    check_batches(config, len(data.train), distributed.num_processes())
     data = start.normalized(data).to(device) if start else data.to(device)
 
     learner = Learner(config, data, device, start)
@@ -96,8 +97,8 @@ def with_classes(config: Config, data: Dataset | None = None) -> Config:
     Raises:
         InputError: the data has no classes, or so many that the network is over the budget.
     """
-    num_classes = len(data.class_names) if data else num_classes_of(config)
-    config = replace(config, num_classes=num_classes)
+    class_names = data.class_names if data else class_names_of(config)
+    config = replace(config, num_classes=len(class_names))
     check_budget(config, config.max_params)
     return config
 
@@ -144,4 +145,4 @@ def main(args: list[str]) -> None:
     train(config)
     if distributed.is_main():
         path = CHECKPOINTS / config.name / "model.safetensors"
-        print(f"next: python test.py {path.as_posix()}")
+        print(f"next: python test.py {quoted(path)}")

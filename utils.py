@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -99,6 +100,11 @@ def first_line(error: Exception) -> str:
 def printable(text: object) -> str:
     """Replace control characters, so that text from a file sends no escape codes to a terminal."""
     return "".join(char if char.isprintable() else "?" for char in str(text))
+
+
+def quoted(path: Path) -> str:
+    """A path as an argument in a command that is printed."""
+    return printable(shlex.quote(path.as_posix()))
 
 
 def print_error(message: str) -> None:

@@ -28,6 +28,7 @@ from utils import (
     check_number,
     first_line,
     from_json,
+    quoted,
 )
 
 FILE_FORMAT = "tpsnet-2"  # marks our model files, with the version of their metadata
@@ -184,10 +185,9 @@ def network_in(folder: Path) -> Path | None:
 
 def unfinished(run: Path) -> InputError:
     """The error of a run without a network, which is written at the end of its first epoch."""
-    folder = run.as_posix()
     return InputError(
-        f"checkpoint: the run in {folder} has not finished an epoch; go on with it by `python"
-        f" train.py --config {folder}/config.json --resume`, or name another"
+        f"checkpoint: the run in {run.as_posix()} has not finished an epoch; go on with it by"
+        f" `python train.py --config {quoted(run / 'config.json')} --resume`, or name another"
     )
 
 

@@ -154,12 +154,17 @@ def is_main() -> bool:
 
 @contextlib.contextmanager
 def first_on_each_machine() -> Iterator[None]:
-    """Let one process of each machine run the block first, a download for example."""
+    """Let one process of each machine run the block first, a download for example.
+
+    Where that fails, the others find out by themselves.
+    """
     if dist.is_initialized() and local_rank() != 0:
         dist.barrier()
-    yield
-    if dist.is_initialized() and local_rank() == 0:
-        dist.barrier()
+    try:
+        yield
+    finally:
+        if dist.is_initialized() and local_rank() == 0:
+            dist.barrier()
 
 
 def barrier() -> None:

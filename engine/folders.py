@@ -6,6 +6,7 @@ named, or in its train/ and its test/ (or val/).
 """
 
 import os
+import unicodedata
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,11 +16,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine.distributed import is_main
-from engine.pictures import MAX_READERS, attempt, list_files
+from engine.pictures import MAX_READERS, list_files, read_or_explain
 from utils import IMAGE_SIZE, InputError, warn
 
 MAX_CLASSES = 1000
-CHUNK = 500  # pictures between two moves of the progress bar
+CHUNK = 500  # pictures that are given to the threads at once
+SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}  # no classes
 LAYOUT = "a folder of pictures for each class"
 
 
@@ -29,30 +31,35 @@ def find_splits(data_dir: Path) -> tuple[Path, Path | None]:
     Raises:
         InputError: there is no such folder, or it is divided in another way.
     """
-    names = set(folders_in(data_dir))
-    files = [name for name in ("train", "test", "val") if (data_dir / name).is_file()]
-    if files:
-        raise InputError(
-            f"data_dir: {data_dir / files[0]} is a file where a folder should be; unpack or remove"
-            " it"
-        )
+    names = folders_in(data_dir)
+    for name in ("train", "test", "val"):
+        if (data_dir / name).is_file():
+            raise InputError(
+                f"data_dir: {data_dir / name} is a file where a folder should be; unpack or remove"
+                " it"
+            )
     tests = [name for name in ("test", "val") if name in names]
-    others = sorted(names - {"train", "test", "val"})
-    if "train" not in names or (others and not tests):  # "train" may be a class
-        return data_dir, None
-    if others:
+    others = [name for name in names if name not in ("train", "test", "val")]
+    if "train" in names and not others:
+        return data_dir / "train", data_dir / tests[0] if tests else None
+    if "train" in names and tests:
         raise InputError(
             f"data_dir: {data_dir} holds {others[0]} beside train and {tests[0]}; move it into"
             " train, or out of there"
         )
-    return data_dir / "train", data_dir / tests[0] if tests else None
+    if names and all(name.lower() in SPLITS for name in names):
+        raise InputError(
+            f"data_dir: {data_dir} holds {' and '.join(names)}; put the class folders into folders"
+            " named train and test (or val)"
+        )
+    return data_dir, None  # "train" may be a class beside others
 
 
 def class_names(folder: Path) -> tuple[str, ...]:
     """The sorted names of the class folders in `folder`.
 
     Raises:
-        InputError: they are not 2 to 1,000.
+        InputError: they are not 2 to 1,000, or a name cannot be printed.
     """
     names = folders_in(folder)
     if not names:
@@ -65,6 +72,12 @@ def class_names(folder: Path) -> tuple[str, ...]:
         raise InputError(
             f"data_dir: {folder} holds {len(names):,} class folders; use 2 to {MAX_CLASSES:,}"
         )
+    for name in names:
+        if any(unicodedata.category(char) in ("Cc", "Cs") for char in name):
+            raise InputError(
+                f"data_dir: {folder} holds a class folder {name!r}, whose name has control"
+                " characters or is no UTF-8; rename it"
+            )
     return tuple(names)
 
 
@@ -83,6 +96,16 @@ def folders_in(folder: Path) -> list[str]:
     except OSError as error:
         problem = f"cannot be read ({error.strerror})"
     raise InputError(f"data_dir: {folder} {problem}; name a folder that holds {LAYOUT}")
+
+
+def count_pictures(data_dir: Path) -> dict[str, int]:
+    """Count the files of each class that are not in the test folder and look like pictures.
+
+    Raises:
+        InputError: there are no class folders.
+    """
+    train, _ = find_splits(data_dir)
+    return {name: len(list_files(train / name)[0]) for name in class_names(train)}
 
 
 def read_splits(
@@ -184,9 +207,9 @@ def read_pictures(files: list[Path]) -> tuple[Tensor, list[str | None]]:
     ):
         for start in range(0, len(files), CHUNK):
             chunk = files[start : start + CHUNK]
-            for i, (image, error) in enumerate(readers.map(attempt, map(str, chunk)), start):
+            for i, (image, error) in enumerate(readers.map(read_or_explain, chunk), start):
                 errors.append(error)
                 if image is not None:
                     images[i] = image
-            bar.update(len(chunk))
+                bar.update()
     return images, errors

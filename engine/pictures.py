@@ -36,7 +36,7 @@ def is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def attempt(
+def read_or_explain(
     file: str | Path | Image.Image, resize: str = "crop"
 ) -> tuple[Tensor | None, str | None]:
     """Read a picture, (3, 32, 32) uint8, or explain in a line why it cannot be read.
@@ -48,9 +48,8 @@ def attempt(
     try:
         if isinstance(file, Image.Image):
             # Facts of the file, such as its bits per pixel, count only for pixels not yet loaded.
-            return shrink(
-                to_rgb(file if getattr(file, "tile", None) else file.copy()), resize
-            ), None
+            picture = file if getattr(file, "tile", None) else file.copy()
+            return shrink(to_rgb(picture), resize), None
         with open_file(file) as stream:
             return read_picture(stream, resize), None
     except Image.DecompressionBombError:

@@ -3,6 +3,7 @@
 They are drawn without pyplot, which would touch window systems and global state.
 """
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from engine.evaluate import Calibration, Score
 from utils import atomic_path
 
+MAX_NAME = 24  # characters of a class name at the confusion matrix
 Log = list[dict[str, float | None]]  # the rows of a log.csv
 
 # Okabe & Ito's palette, for color-blind readers too (jfly.uni-koeln.de/color).
@@ -20,8 +22,8 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 
 def save(figure: Figure, path: str | Path) -> None:
     """Write a figure as a PNG file at 150 dpi, whole or not at all."""
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+    with atomic_path(path) as temporary, warnings.catch_warnings(action="ignore"):
+        figure.savefig(temporary, dpi=150, format="png")  # warns of signs that the font lacks
 
 
 def learning_curves(log: Log, path: str | Path, title: str) -> None:
@@ -91,6 +93,7 @@ def confusion_matrix(
             )  # fmt: skip
     ticks = range(0, number, 1 + number // 150)
     names = [class_names[i] for i in ticks]
+    names = [name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 3]}..." for name in names]
     style = {"fontsize": 5 if many else None, "parse_math": False}
     turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
     if many:

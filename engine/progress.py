@@ -35,8 +35,8 @@ def print_plan(config: Config, data: Dataset, device: torch.device, position: st
         f" {cost.activation_bytes / 1e6:,.1f} MB of activations per image"
     )
     print(
-        f"{data.name}: {len(data.train):,} training, {len(data.val):,} validation and"
-        f" {len(data.test):,} test images"
+        f"{title(config, data)}: {len(data.train):,} training,"
+        f" {len(data.val):,} validation and {len(data.test):,} test images"
     )
     if data.name == "folder":
         names = data.class_names
@@ -61,7 +61,12 @@ def print_plan(config: Config, data: Dataset, device: torch.device, position: st
     if position:
         print(f"resume: going on after {position}")
     elif config.resume:
-        print("resume: no saved state; starting from scratch")
+        print("resume: no saved state; starting at the beginning")
+
+
+def title(config: Config, data: Dataset) -> str:
+    """The name of a data set as it is printed; of the user's own pictures, their folder."""
+    return printable(config.data_dir) if data.name == "folder" else data.name
 
 
 class Progress:

@@ -26,7 +26,10 @@ class Start:
             self.path = find_checkpoint(Path(config.init))
             self.model, self.info = load_model(self.path)
         except InputError as error:
-            raise InputError(f"init: {str(error).removeprefix('checkpoint: ')}") from None
+            problem = str(error).removeprefix("checkpoint: ")
+            if config.resume:  # another file would be refused
+                problem = f"{problem.partition(';')[0]}; restore it, which --resume needs"
+            raise InputError(f"init: {problem}") from None
         self.sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
         theirs, ours = (comparable(a) for a in (self.model.architecture, config))
         different = [f.name for f in fields(Architecture) if theirs[f.name] != ours[f.name]]
@@ -36,8 +39,8 @@ class Start:
                 for values in (theirs, ours)
             )
             raise InputError(
-                f"init: {self.path.as_posix()} has {has}, and this run {wants}; give it the same"
-                " architecture, or name another file"
+                f"init: {config.init} has {has}, and this run {wants}; give it the same"
+                ' architecture, name another file, or none (--init "")'
             )
 
     def normalized(self, data: Dataset) -> Dataset:

@@ -22,7 +22,7 @@ from data import EVAL_BATCH, Answers, Dataset, augmented
 from engine.checkpoint import checksum, load_model
 from engine.distributed import all_reduce_sum, is_main, make_autocast, num_processes, rank
 from learner import memory_format
-from utils import InputError, atomic_path, part_of, warn, write_json
+from utils import CHECKPOINTS, InputError, atomic_path, part_of, warn, write_json
 
 # The constants that do not change the views; all others of `Data` are part of the answers' name.
 NOT_OF_VIEWS = {"small_fraction", "small_size", "small_images", "mixing"}
@@ -123,9 +123,11 @@ class Teacher:
 
     @property
     def folder(self) -> Path:
-        """The folder of the kept answers, beside the data."""
+        """The folder of the kept answers: beside the data, or, of the user's pictures, the runs."""
         name = hashlib.sha256(json.dumps(self.described, sort_keys=True).encode()).hexdigest()
-        return Path(self.config.data_dir).expanduser() / "answers" / name[:16]
+        is_users = self.data.name == "folder"
+        beside = CHECKPOINTS if is_users else Path(self.config.data_dir).expanduser()
+        return beside / "answers" / name[:16]
 
     def state_dict(self) -> dict[str, object]:
         """The teacher that a run was started with."""

@@ -6,15 +6,16 @@ from collections import Counter
 from dataclasses import asdict, fields, replace
 
 import utils
-from config import PRESETS, check_config, record
-from data import Dataset, check_data, load_dataset
+from config import PRESETS, check_batches, check_config, record
+from data import Dataset, load_dataset
+from engine.progress import title
 from engine.run import end_by_signal, lock_folder
 from engine.script import plain_arguments, stop_signals
 from search import figures
 from search.cluster import ray_started, trial_resources, trials_at_once
 from search.space import SPACE, Search, Space, check_search, check_space, with_defaults
 from search.trials import METRIC, Row, Trials, read_record, write_record
-from utils import CHECKPOINTS, InputError, SearchError, StoppedError, first_line
+from utils import CHECKPOINTS, InputError, SearchError, StoppedError, first_line, quoted
 
 
 def main(args: list[str], space: Space = SPACE) -> None:
@@ -101,7 +102,7 @@ def run_search(search: Search, preset: str, space: Space = SPACE) -> list[Row]:
     if len(trials.ended()) < search.num_samples:
         data = load_dataset(trials.base, test=False)
         largest = max(space.get("batch_size", [trials.base.batch_size]))
-        check_data(replace(trials.base, batch_size=largest), data)
+        check_batches(replace(trials.base, batch_size=largest), len(data.train))
         received = run_on_ray(trials, preset, data)
     try:
         with lock_folder(trials.path):
@@ -148,8 +149,8 @@ def print_plan(trials: Trials, preset: str, data: Dataset, at_once: int) -> None
         f" {epochs}{search.epochs} epochs each, {at_once} at a time"
     )
     print(
-        f"{data.name}: {len(data.train):,} training and {len(data.val):,} validation images; no"
-        " test images are read"
+        f"{title(trials.base, data)}: {len(data.train):,} training and {len(data.val):,} validation"
+        " images; no test images are read"
     )
 
 
@@ -190,7 +191,7 @@ def finish(trials: Trials, received: int) -> None:
             f"best: trial {best['trial']}, {best[METRIC]:.2f}% of {search.val_size:,} validation"
             f" images after {best['epochs']} epochs, {best['num_params']:,} parameters"
         )
-        print(f"next: python train.py --config {path.as_posix()} --epochs 300")
+        print(f"next: python train.py --config {quoted(path)} --epochs 300")
     images = f" of {search.train_size:,} images" if search.train_size else ""
     caption = f"{len(rows)} trials, {search.grace_epochs} epochs{images}"
     if not figures.effects(rows, trials.path, caption, search.max_params):

@@ -9,11 +9,14 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import torch
 
 from config import PRESETS, Config, check_config
+from data import class_names_of
+from engine.folders import count_pictures
 from model import MAX_PARAMS, ResNet, count_macs, feature_size, num_parameters
 from utils import InputError, Range, check_fields, check_integer, derive_seed, first_line
 
@@ -44,7 +47,7 @@ PER_STAGE = ("num_blocks", "channels", "conv_kernel", "skip_kernel")
 SHAPE = ("num_stages", "same_blocks", "num_blocks", "conv_kernel", "skip_kernel", "pooled_size")
 
 MAX_REJECTED = 2000  # samples in a row outside the limits, after which the search gives up
-VAL_SIZE = {"cifar10": 5000, "cifar100": 5000, "digits": 200, "folder": 100}  # images
+VAL_SIZE = {"cifar10": 5000, "cifar100": 5000, "digits": 200}  # images
 RESTARTS = 2  # cosines in a training with the schedule cosine_restarts
 
 Space = dict[str, tuple | list | range | LogUniform]
@@ -72,7 +75,7 @@ class Search:
     max_macs: Annotated[int, Range(0)] = 0
     """Reject networks with more multiply-accumulates (MACs) per image; 0 for no limit."""
     val_size: Annotated[int, Range(0)] = 0
-    """Training images held out to compare trials; 0 for 5,000 (200 of the digits)."""
+    """Training images held out to compare trials; 0: 5,000, 200 digits, a fifth of your own."""
     train_size: Annotated[int, Range(0)] = 0
     """Number of the other training images to train on; 0 for all."""
     cpus_per_trial: Annotated[float, Range(0.01, 1024)] = 1.0
@@ -85,10 +88,12 @@ class Search:
     """Minutes after which all running trials are interrupted; 0 for no limit."""
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     """Seed of the samples and of every training."""
-    data_dir: str = "data"
-    """Folder of CIFAR-10; it is downloaded there if missing."""
+    dataset: Literal["cifar10", "cifar100", "digits", "folder"] | None = None
+    """Data set to train on. Default: that of the preset."""
+    data_dir: str = ""
+    """Folder of CIFAR, or of the class folders of your own pictures. Default: the preset's."""
     download: bool = True
-    """Download CIFAR-10 if it is not in data_dir."""
+    """Download CIFAR into it if it is not there."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "disabled"
     """Weights & Biases: one run per trial, grouped under the name of the search."""
     resume: str = ""
@@ -133,18 +138,30 @@ def check_space(space: Space) -> None:
 
 
 def with_defaults(search: Search, preset: str) -> Search:
-    """The options, with the values that 0 stands for."""
-    return replace(
+    """The options, with the values that 0 and nothing stand for.
+
+    Raises:
+        InputError: there are no class folders.
+    """
+    base = PRESETS[preset]
+    search = replace(
         search,
         grace_epochs=search.grace_epochs or max(1, search.epochs // 6),
-        val_size=search.val_size or VAL_SIZE[PRESETS[preset].dataset],
+        dataset=search.dataset or base.dataset,
+        data_dir=search.data_dir or base.data_dir,
     )
+    if search.val_size:
+        return search
+    if search.dataset != "folder":
+        return replace(search, val_size=VAL_SIZE[search.dataset])
+    classes = count_pictures(Path(search.data_dir).expanduser())
+    return replace(search, val_size=max(len(classes), sum(classes.values()) // 5))
 
 
 def base_config(search: Search, preset: str) -> Config:
     """The constants that all trials share."""
     base = PRESETS[preset]
-    return replace(
+    base = replace(
         base,
         name=search.name,
         epochs=search.epochs,
@@ -152,7 +169,8 @@ def base_config(search: Search, preset: str) -> Config:
         train_size=search.train_size,
         max_params=search.max_params,
         seed=search.seed,
-        data_dir=search.data_dir,
+        dataset=search.dataset or base.dataset,
+        data_dir=search.data_dir or base.data_dir,
         download=search.download,
         wandb=search.wandb,
         restart_epochs=-(-search.epochs // RESTARTS),  # rounded up: the last cosine may be shorter
@@ -160,6 +178,7 @@ def base_config(search: Search, preset: str) -> Config:
         init="",  # whose weights fit one network alone
         small_fraction=0.0,  # some networks would pool smaller images to fewer features
     )
+    return replace(base, num_classes=len(class_names_of(base)))
 
 
 def configuration(sample: Sample, base: Config) -> Config:

@@ -30,7 +30,6 @@ from search.space import (
 from utils import CHECKPOINTS, InputError, first_line
 
 METRIC = "val_accuracy"
-CHANCE = 10.0  # percent; the accuracy that TPE is given for a trial that diverged
 ENDED = ("finished", "stopped", "diverged")  # not run again by --resume
 STATUSES = (*ENDED, "running", "interrupted", "failed")
 WEIGHTS = ("last.pt", PREVIOUS, "model.safetensors")
@@ -109,13 +108,16 @@ class Trials:
         return row | {"num_params": cost.num_params, "macs": cost.macs}
 
     def tried(self) -> list[tuple[Sample, float]]:
-        """The samples and accuracies of the trials that have ended by now, in any process."""
-        found = []
+        """The samples and accuracies of the trials that have ended by now, in any process.
+
+        The accuracy of a trial that diverged is that of guessing.
+        """
+        found, chance = [], 100 / self.base.num_classes
         for number in self.numbers:
             with contextlib.suppress(InputError):
                 row = self.read(number)
                 if row["status"] in ENDED:
-                    found.append((row["sample"], row[METRIC] or CHANCE))
+                    found.append((row["sample"], row[METRIC] or chance))
         return found
 
     def read(self, number: int) -> Row:

@@ -75,6 +75,11 @@ MISTAKES = [
     # the optimization
     ("best --momentum 0", ["momentum", "0", "--no-nesterov"]),
     ("demo --warmup-epochs 15", ["warmup_epochs", "15 of 15", "use 0 to 14"]),
+    ("small --init nothing", ["init", "nothing does not exist"]),
+    (
+        "small --init fast",
+        ["init: fast has channels (96, 192, 384), and this run channels (48, 96, 192); give it"],
+    ),
     # the run
     ("demo --name ../elsewhere", ["name", "'../elsewhere'", "letters, digits"]),
     ("demo --name a/b/c", ["name", "'a/b/c'", "GROUP/NAME"]),
@@ -129,49 +134,85 @@ def test_mistake_is_one_line(line, words, monkeypatch, capsys):
     check_refusal(line, words, monkeypatch, capsys)
 
 
-BAD_FOLDERS = {  # what is there: pictures of each class below photos/, or another thing; words
-    "missing": ({}, ["photos does not exist", "a folder of pictures for each class"]),
-    "a file": (lambda: Path("photos").touch(), ["photos is a file where a folder should be"]),
-    "nothing in it": (lambda: Path("photos").mkdir(), ["photos holds no class folder", "put"]),
-    "pictures alone": ({".": 3}, ["photos holds no class folder; put a folder of pictures"]),
-    "hidden": ({".cat": 3, ".dog": 3}, ["photos holds no class folder"]),
-    "one class": ({"cat": 3}, ["photos holds one class folder alone, cat; add another"]),
-    "empty class": ({"cat": 3, "dog": 0}, ["photos/dog holds no picture", "put at least 2 there"]),
-    "one picture": ({"cat": 3, "dog": 1}, ["photos/dog holds one picture alone", "at least 2"]),
-    "too many": ({f"{i}": 0 for i in range(1001)}, ["1,001 class folders; use 2 to 1,000"]),
+NO_FOLDER = "name a folder that holds a folder of pictures for each class"
+NO_CLASSES = "holds no class folder; put a folder of pictures for each class there"
+FILE = "is a file where a folder should be"
+DIVIDED = "put the class folders into folders named train and test (or val)"
+TOO_FEW = "put at least 2 there, or remove the folder"
+BAD_FOLDERS = {  # what is there: pictures of each class below photos/, or another thing; the line
+    "missing": ({}, f"photos does not exist; {NO_FOLDER}"),
+    "a file": (lambda: Path("photos").touch(), f"photos {FILE}; {NO_FOLDER}"),
+    "nothing in it": (lambda: Path("photos").mkdir(), f"photos {NO_CLASSES}"),
+    "pictures alone": ({".": 3}, f"photos {NO_CLASSES}"),
+    "hidden": ({".cat": 3, ".dog": 3}, f"photos {NO_CLASSES}"),
+    "one class": ({"cat": 3}, "photos holds one class folder alone, cat; add another class"),
+    "empty class": (
+        {"cat": 3, "dog": 0},
+        f"photos/dog holds no picture that can be read; {TOO_FEW}",
+    ),
+    "one picture": ({"cat": 3, "dog": 1}, f"photos/dog holds one picture alone; {TOO_FEW}"),
+    "too many": (
+        {f"{i}": 0 for i in range(1001)},
+        "photos holds 1,001 class folders; use 2 to 1,000",
+    ),
     "train is a file": (
         lambda: (make_pictures("photos", cat=2, dog=2), Path("photos/train").touch()),
-        ["photos/train is a file where a folder should be"],
+        f"photos/train {FILE}; unpack or remove it",
     ),
-    "one class to train on": ({"train/cat": 3}, ["photos/train holds one class folder alone, cat"]),
+    "one class to train on": (
+        {"train/cat": 3},
+        "photos/train holds one class folder alone, cat; add another class",
+    ),
     "no class to train on": (
         lambda: (Path("photos/train").mkdir(parents=True), make_pictures("photos/test", cat=2)),
-        ["photos/train holds no class folder"],
+        f"photos/train {NO_CLASSES}",
     ),
     "untested class": (
         {"train/cat": 2, "train/dog": 2, "test/cat": 2},
-        ["photos/test holds one class folder alone"],
+        "photos/test holds one class folder alone, cat; add another class",
     ),
     "unknown class": (
-        {"train/a": 2, "train/b": 2, "val/a": 2, "val/b": 2, "val/c": 2},
-        ["photos/val/c has no counterpart in photos/train"],
+        {"train/a": 2, "train/b": 2, "test/a": 2, "test/b": 2, "test/eel": 2},
+        "photos/test/eel has no counterpart in photos/train; both must have the same classes",
     ),
     "empty test class": (
-        {"train/a": 2, "train/b": 2, "test/a": 2, "test/b": 0},
-        ["photos/test/b holds no picture", "put at least 1 there"],
+        {"train/a": 2, "train/b": 2, "val/a": 2, "val/b": 0},
+        "photos/val/b holds no picture that can be read; put at least 1 there, or remove the"
+        " folder",
     ),
     "beside train and test": (
         {"train/a": 2, "test/a": 2, "more": 2},
-        ["photos holds more beside train and test; move it"],
+        "photos holds more beside train and test; move it into train, or out of there",
+    ),
+    "nothing to train on": ({"test/a": 2, "test/b": 2}, f"photos holds test; {DIVIDED}"),
+    "other names": (
+        {"training/a": 2, "Validation/a": 2},
+        f"photos holds Validation and training; {DIVIDED}",
     ),
 }
 
 
-@pytest.mark.parametrize(("content", "words"), BAD_FOLDERS.values(), ids=BAD_FOLDERS)
-def test_folder_that_cannot_be_trained_on_is_one_line(content, words, monkeypatch, capsys):
+@pytest.mark.parametrize(("content", "message"), BAD_FOLDERS.values(), ids=BAD_FOLDERS)
+def test_folder_that_cannot_be_trained_on_is_one_line(content, message, monkeypatch, capsys):
     make_pictures("photos", **content) if isinstance(content, dict) else content()
     line = "demo --dataset folder --data-dir photos --batch-size 2 --name mine"
-    check_refusal(line, ["data_dir: ", *words], monkeypatch, capsys)
+    check_refusal(line, [f"data_dir: {message.replace('/', os.sep)}"], monkeypatch, capsys)
+
+
+def test_the_page_about_own_pictures_quotes_these_lines():
+    page = (ROOT / "docs" / "own-pictures.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^\|[^|]*\| `data_dir: ([^|]*)` \|$", page, re.M)
+    assert len(quoted) > 8
+    for line in quoted:
+        assert any(found.startswith(line.removesuffix("...")) for _, found in BAD_FOLDERS.values())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+@pytest.mark.parametrize("name", ["two\nlines", os.fsdecode(b"\xff")])
+def test_class_that_cannot_be_printed_is_refused(name, monkeypatch, capsys):
+    make_pictures("photos", cat=2, **{name: 2})
+    words = [f"class folder {name!r}", "control characters or is no UTF-8; rename it"]
+    check_refusal("mine --name x", words, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def pack(folder, archive):
 def test_archive_and_binary_layout_are_the_same_data(name, monkeypatch, tmp_path):
     layouts = make_release(name, monkeypatch, tmp_path)
     archive, binary = (cifar10(folder, dataset=name) for folder in layouts)
-    assert len(archive.class_names) == data.num_classes_of(Config(dataset=name))
+    assert archive.class_names == data.class_names_of(Config(dataset=name))
     assert archive.train.labels.max() > len(archive.class_names) // 2
     assert torch.equal(archive.train.images, binary.train.images)
     assert torch.equal(archive.test.labels, binary.test.labels)
@@ -336,7 +336,7 @@ def test_class_folders_are_read_as_predict_reads_them_and_a_fifth_is_for_the_tes
     make_pictures("photos/cat", suffix="jpg", **{"deep/er": 2, ".hidden": 2})
     found = folder()
     assert found.class_names == ("cat", "dog")
-    assert data.num_classes_of(Config(dataset="folder", data_dir="photos")) == 2
+    assert data.class_names_of(Config(dataset="folder", data_dir="photos")) == ("cat", "dog")
     assert found.train.labels.bincount().tolist() == [5, 8]
     assert found.test.labels.bincount().tolist() == [1, 2]
     for label, name in enumerate(found.class_names):

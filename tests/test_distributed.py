@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import command, run, run_main
+from conftest import command, make_pictures, run, run_main
 
 import utils
 from config import PRESETS
@@ -219,9 +219,18 @@ def test_processes_that_torchrun_leaves_behind_save_and_end(number):
 
 
 @pytest.mark.slow
-def test_bad_input_under_torchrun_is_one_line_and_ends_all_processes():
-    result = run("train.py", "demo", "--batch-size", "1", launcher=TORCHRUN)
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--batch-size 1", "batch_size: 1 for 1,438 training images and 2 processes; use 2 to"),
+        ("--dataset folder --data-dir photos", "data_dir: photos/dog holds one picture alone; "),
+    ],
+)
+def test_bad_input_under_torchrun_is_one_line_and_ends_all_processes(options, words):
+    make_pictures("photos", cat=3, dog=1)
+    result = run("train.py", "demo", *options.split(), launcher=TORCHRUN)
     assert result.returncode != 0
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
-    assert "batch_size: 1 for 1,438 training images and 2 processes; use 2 to" in errors[0]
+    assert words in errors[0]
+    assert "[rank" not in result.stderr  # a traceback of a process that waits for another

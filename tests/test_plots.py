@@ -42,7 +42,9 @@ FIGURES = {
     "two groups": lambda path: plots.compared_curves(
         {"$A$": [log(9, True), log(8, True)], "_B": [log(40, True)] * 3}, "val", path
     ),
-    "confusion": lambda path: plots.confusion_matrix(COUNTS, ["cat", "dog", "eel"], path, "title"),
+    "confusion": lambda path: plots.confusion_matrix(
+        COUNTS, ["\N{CAT}", "dog" * 99, "eel"], path, "title"
+    ),
     "confusion of many": lambda path: plots.confusion_matrix(
         np.eye(100, dtype=int) + 1, [f"class_$x_{i}" for i in range(100)], path, "title"
     ),
@@ -52,6 +54,7 @@ FIGURES = {
 }
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("draw", FIGURES.values(), ids=FIGURES)
 def test_figure_is_a_png_file(draw, tmp_path):
     path = tmp_path / "new" / "figure.png"

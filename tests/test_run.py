@@ -731,6 +731,7 @@ def test_own_pictures_are_trained_resumed_tested_and_predicted(layout, monkeypat
     line = [*line.split(), "--name", "mine"]
     assert run_main("train", *line, "--max-steps-per-epoch", 2, monkeypatch=monkeypatch) == 0
     out = capsys.readouterr().out
+    assert "photos: " in out
     assert "3 classes: cat, dog, eel" in out
     model, info = load_model("checkpoints/mine/model.safetensors")
     assert (info["dataset"], info["class_names"]) == ("folder", ["cat", "dog", "eel"])
@@ -742,12 +743,16 @@ def test_own_pictures_are_trained_resumed_tested_and_predicted(layout, monkeypat
     *_, following = capsys.readouterr().out.splitlines()
     _, script, *args = following.removeprefix("next: ").split()
     assert run_main(script.removesuffix(".py"), *args, monkeypatch=monkeypatch) == 0
-    assert "3 epochs of folder\ntest accuracy: " in capsys.readouterr().out
+    assert "3 epochs of your pictures\ntest accuracy: " in capsys.readouterr().out
     assert run_main("predict", "photos/test" if layout else "photos", monkeypatch=monkeypatch) == 0
     Path("photos").rename("moved")
     assert run_main("test", *args, monkeypatch=monkeypatch) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith(f"error: data_dir: {Path('photos').absolute()} does not exist; ")
+    assert error.startswith(f"error: data_dir: {Path('photos').absolute()}, whose pictures ")
+    assert error.endswith("does not exist; name the folder where they are now with --data-dir")
+    make_pictures("others", bee=1, fly=1)
+    assert run_main("test", *args, "--data-dir", "others", monkeypatch=monkeypatch) == 2
+    assert "other classes than the folders of the pictures; name" in capsys.readouterr().err
     assert run_main("test", *args, "--data-dir", "moved", monkeypatch=monkeypatch) == 0
     assert capsys.readouterr().err == ""
     make_pictures("moved" if not layout else "moved/train", cat=21)
@@ -807,6 +812,9 @@ def test_a_run_from_weights_resumes_to_the_bit_but_not_from_others(source, tiny)
     with pytest.raises(KeyboardInterrupt):
         train(config, report=end)
     content = path.read_bytes()
+    path.unlink()
+    with pytest.raises(InputError, match=r"^init: .*; restore it, which --resume needs"):
+        train(replace(config, resume=True))
     train(replace(tiny, name="source", epochs=1, seed=1, overwrite=True))
     with pytest.raises(InputError, match=r"^resume: .* is not the file that it was started from"):
         train(replace(config, resume=True))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, make_pictures
 from damaged_search import damage_rounds, make_search
 from tiny_search import TINY
 
@@ -23,7 +23,7 @@ from config import PRESETS, check_config, load_config
 from model import ResNet, count_parameters
 from search.cluster import usable_cpus
 from search.run import finish, load_search, main, run_search
-from search.space import SPACE, LogUniform, Search, configuration, draw_sample
+from search.space import SPACE, LogUniform, Search, configuration, draw_sample, with_defaults
 from search.trials import Trials, write_record
 from utils import InputError
 
@@ -46,6 +46,7 @@ from utils import InputError
         ("demo --address 127.0.0.1:9", ["address", "127.0.0.1:9", "ray start --head"]),
         ("demo --cpus-per-trial 1 --resume nothing", ["resume", "checkpoints/nothing", "--name"]),
         ("--resume there --num-samples 8", ["num_samples", "8", "was started with 9"]),
+        ("demo --dataset folder --data-dir none", ["data_dir", "none does not exist; name"]),
         ("fast --resume there", ["preset", "fast", "was started with demo"]),
     ],
 )
@@ -148,6 +149,20 @@ def test_ray_gets_the_cpus_that_this_process_may_use(
     assert usable_cpus(tmp_path) == cpus
 
 
+def test_classes_and_validation_images_follow_from_the_data():
+    make_pictures("photos", cat=30, dog=20, eel=14)
+    expected = {"folder": (3, 12), "cifar100": (100, 5000), None: (10, 200)}
+    for dataset, (num_classes, val_size) in expected.items():
+        search = with_defaults(Search(dataset=dataset, data_dir="photos"), "demo")
+        trials = Trials(search, "demo", TINY)
+        assert search.val_size == trials.base.val_size == val_size
+        row = trials.draw(1)
+        assert trials.config(row).num_classes == num_classes
+        assert row["num_params"] == count_parameters(ResNet(trials.config(row)))
+    given = with_defaults(Search(dataset="folder", data_dir="nothing", val_size=9), "demo")
+    assert given.val_size == 9
+
+
 # ---------------------------------------------------------------- drawing
 
 
@@ -192,6 +207,7 @@ def test_a_trial_is_a_function_of_the_seed_and_its_number(algorithm):
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "demo"])
 def test_every_preset_can_be_searched_from(preset):
+    make_pictures("photos", cat=2, dog=2)  # of `mine`
     trials = make_trials(SPACE, preset, epochs=30)
     sample, _ = draw_sample(trials.search, trials.base, SPACE, 1, [])
     check_config(configuration(sample, trials.base))

@@ -15,7 +15,7 @@ from data import augmented, load_dataset, train_batches
 from engine.checkpoint import load_model, save_model
 from engine.teacher import Teacher
 from train import train as train_on
-from utils import InputError
+from utils import CHECKPOINTS, InputError
 
 CPU = torch.device("cpu")
 VIEWED = replace(
@@ -110,6 +110,15 @@ def test_answers_are_computed_once_and_shared():
     assert [path.stat().st_mtime_ns for path in answer_files()] == written
     train(replace(config, name="other-views", seed=1, epochs=1))
     assert len(answer_files()) == 3
+
+
+def test_answers_about_the_users_own_pictures_are_kept_beside_the_runs(digits):
+    model, info = load_model("teacher.safetensors")
+    del info["architecture"]
+    save_model("own.safetensors", model, info | {"dataset": "folder"})
+    own = replace(digits, name="folder")
+    config = replace(VIEWED, teacher="own.safetensors", teacher_views=1, data_dir="photos")
+    assert Teacher(config, own, CPU).folder.parent == CHECKPOINTS / "answers"
 
 
 def test_answers_that_are_older_than_trivial_augment_are_found(digits):

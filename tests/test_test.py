@@ -353,6 +353,12 @@ def test_run_without_a_whole_epoch_is_not_tested(name, monkeypatch, capsys):
     assert find_checkpoint(CHECKPOINTS) == Path("checkpoints/fast.safetensors")
 
 
+def test_command_in_a_message_is_quoted_where_a_name_has_blanks():
+    make("my runs/try/last.pt")
+    with pytest.raises(InputError, match=r"--config 'my runs/try/config\.json' --resume`"):
+        find_checkpoint(Path("my runs/try"))
+
+
 def test_missing_file_stands_for_no_other_network():
     make("checkpoints/group/run/model.safetensors")
     for name in ("model.safetensors", "checkpoints/group/model.safetensors"):
