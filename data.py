@@ -537,14 +537,21 @@ def load_folder(data_dir: Path, test: bool = True) -> Dataset:
         warn(f"{data_dir / 'val'}: not used beside test; --val-size sets training images aside")
     names, found = read_splits(*folders, with_test=test)
     every, *tests = (Split(*pair) for pair in found)
-    order = torch.randperm(len(every), generator=generator("folder", SPLIT_SEED))
+    order = random_order(every)
     if folders[1] is None:
         held_out = first_fifth(every.labels[order])
         tests = [every[order[held_out]]] if test else []
         order = order[~held_out]
+    else:
+        tests = [split[random_order(split)] for split in tests]
     train = every[order]
     facts = (names, *mean_and_std(train.images))
     return make_dataset("folder", train, *tests, facts=facts)
+
+
+def random_order(split: Split) -> Tensor:
+    """The indices of all images, in every run in the same order, so that the first are a sample."""
+    return torch.randperm(len(split), generator=generator("folder", SPLIT_SEED))
 
 
 def first_fifth(labels: Tensor) -> Tensor:

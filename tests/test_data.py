@@ -360,6 +360,8 @@ def test_train_and_test_folders_stay_apart(tested, capsys):
     make_pictures(f"photos/{tested}", cat=1, dog=2)
     found = folder()
     assert (len(found.train), len(found.test)) == (7, 3)
+    for split in (found.train, found.test):  # so the first ones stand for all: export.py --limit
+        assert split.labels.tolist() != split.labels.sort().values.tolist()
     assert folder(test=False).mean == found.mean
     assert len(folder(test=False).test) == 0
     assert len(folder("photos/train").test) == 2
