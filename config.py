@@ -369,6 +369,11 @@ def check_resumable(config: Config, stored: dict[str, object], folder: Path) -> 
         # A constant that is not stored is newer than the run; its default changes nothing.
         old = stored.get(name, constant.default)
         longer = name == "epochs" and new > old
+        if old != new and name == "num_classes":  # follows from the data
+            raise InputError(
+                f"data_dir: {new:,} classes, but the run in {folder} was started with {old:,}; give"
+                " it the same data, or another --name"
+            )
         if old != new and not longer:
             more = " or more" if name == "epochs" else ""
             raise InputError(
@@ -467,10 +472,16 @@ def parse(args: list[str], preset: str, path: str) -> tuple[str, str, Config]:
     )
     groups = (parsed.network, parsed.data, parsed.optimization, parsed.arithmetic, parsed.run)
     constants = {k: getattr(g, k) for g in groups for k in asdict(g)}
-    if parsed.network.channels and any(arg.partition("=")[0] == "--width" for arg in args):
+    given = {arg.partition("=")[0].replace("_", "-") for arg in args}
+    if parsed.network.channels and "--width" in given:
         raise InputError(
             f"width: {parsed.network.width} beside channels, which replace it; leave one of the two"
         )
-    if any(arg.partition("=")[0] == "--num-classes" for arg in args):
+    if "--num-classes" in given:
         raise InputError("num_classes: follows from the data; leave --num-classes out")
+    if start.dataset == "folder" != parsed.data.dataset and "--data-dir" not in given:
+        raise InputError(
+            f"data_dir: {start.data_dir} is for your own pictures, not for {parsed.data.dataset};"
+            f" add --data-dir {Config.data_dir}"
+        )
     return parsed.preset, parsed.config, Config(**constants)

@@ -144,11 +144,12 @@ def with_defaults(search: Search, preset: str) -> Search:
         InputError: there are no class folders.
     """
     base = PRESETS[preset]
+    same_data = search.dataset in (None, base.dataset)
     search = replace(
         search,
         grace_epochs=search.grace_epochs or max(1, search.epochs // 6),
         dataset=search.dataset or base.dataset,
-        data_dir=search.data_dir or base.data_dir,
+        data_dir=search.data_dir or (base if same_data else Config).data_dir,
     )
     if search.val_size:
         return search

@@ -59,6 +59,8 @@ MISTAKES = [
     # the data
     ("demo --flip random", ["flip", "--flip none"]),
     ("demo --num-classes 7", ["num_classes", "follows from the data", "leave --num-classes out"]),
+    ("demo --num_classes=7", ["num_classes", "follows from the data"]),
+    ("mine --dataset cifar10", ["data_dir: photos is for your own", "add --data-dir data"]),
     ("demo --val-size 5", ["val_size", "5", "use 0, or 10 to 1,428"]),
     ("demo --train-size 1439", ["train_size", "1439", "or 10 to 1,428"]),
     ("demo --batch-size 1439", ["batch_size", "1439", "1,438", "use 1 to 1,438"]),
@@ -183,6 +185,11 @@ BAD_FOLDERS = {  # what is there: pictures of each class below photos/, or anoth
     "beside train and test": (
         {"train/a": 2, "test/a": 2, "more": 2},
         "photos holds more beside train and test; move it into train, or out of there",
+    ),
+    "a test beside the classes": (
+        {"cat": 2, "dog": 2, "test/x": 2},
+        "photos holds test beside cat; put the class folders into a folder named train, or move"
+        " test out of there",
     ),
     "nothing to train on": ({"test/a": 2, "test/b": 2}, f"photos holds test; {DIVIDED}"),
     "other names": (

@@ -161,6 +161,8 @@ def test_classes_and_validation_images_follow_from_the_data():
         assert row["num_params"] == count_parameters(ResNet(trials.config(row)))
     given = with_defaults(Search(dataset="folder", data_dir="nothing", val_size=9), "demo")
     assert given.val_size == 9
+    found = [with_defaults(Search(dataset=name), "mine").data_dir for name in ("cifar10", None)]
+    assert found == ["data", "photos"]
 
 
 # ---------------------------------------------------------------- drawing
