@@ -21,7 +21,8 @@ from utils import IMAGE_SIZE, InputError, warn
 
 MAX_CLASSES = 1000
 CHUNK = 500  # pictures that are given to the threads at once
-SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}  # no classes
+TESTS = {"test", "testing", "val", "valid", "validation"}  # no classes
+SPLITS = {"train", "training"} | TESTS
 LAYOUT = "a folder of pictures for each class"
 
 
@@ -51,6 +52,12 @@ def find_splits(data_dir: Path) -> tuple[Path, Path | None]:
         raise InputError(
             f"data_dir: {data_dir} holds {' and '.join(names)}; put the class folders into folders"
             " named train and test (or val)"
+        )
+    if tests := [name for name in names if name.lower() in TESTS]:
+        name = next(name for name in names if name.lower() not in SPLITS)
+        raise InputError(
+            f"data_dir: {data_dir} holds {tests[0]} beside {name}; put the class folders into a"
+            f" folder named train, or move {tests[0]} out of there"
         )
     return data_dir, None  # "train" may be a class beside others
 

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,19 +22,30 @@ HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 def list_files(folder: Path) -> tuple[list[Path], list[Path]]:
     """List the files in and below `folder`, sorted: those with a picture's suffix, and the others.
 
-    Hidden files and folders are skipped.
+    Links are followed; hidden files and folders are skipped.
     """
     formats, readable = Image.registered_extensions(), readable_formats()
     suffixes = {suffix for suffix, name in formats.items() if name in readable} | HEIC_SUFFIXES
-    files = sorted((p for p in folder.rglob("*") if p.is_file()), key=Path.as_posix)
-    files = [path for path in files if not is_hidden(path.relative_to(folder))]
+    files = sorted(files_below(folder), key=Path.as_posix)
     pictures = [path for path in files if path.suffix.lower() in suffixes]
     return pictures, [path for path in files if path.suffix.lower() not in suffixes]
 
 
-def is_hidden(path: Path) -> bool:
-    """True if a part of the path begins with a dot, as those of thumbnails and settings do."""
-    return any(part.startswith(".") for part in path.parts)
+def files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Yield the files in and below `folder`, and links to nothing, but for hidden ones.
+
+    Args:
+        above: folders that are being listed, to which a link may lead back.
+    """
+    above = (*above, folder.resolve())
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            if path.resolve() not in above:
+                yield from files_below(path, above)
+        elif path.is_file() or not path.exists():  # neither a pipe nor a device
+            yield path
 
 
 def read_or_explain(

@@ -1,5 +1,6 @@
 import hashlib
 import io
+import os
 import pickle
 import tarfile
 from dataclasses import replace
@@ -16,7 +17,7 @@ import augment
 import data
 from config import PRESETS, Config
 from data import Split, load_dataset, train_batches
-from engine.pictures import read_picture
+from engine.pictures import list_files, read_picture
 from utils import InputError, generator
 
 DIGITS = PRESETS["demo"]
@@ -372,6 +373,20 @@ def test_train_and_test_folders_stay_apart(tested, capsys):
     assert "not used beside test" in capsys.readouterr().err
     make_pictures("vehicles", train=3, plane=3)
     assert folder("vehicles").class_names == ("plane", "train")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a right there")
+def test_links_are_followed_but_not_in_circles():
+    make_pictures("photos", cat=1)
+    make_pictures("elsewhere", **{".hidden": 1, ".": 1})
+    for name, to in {"linked": "elsewhere", "back": "photos", "gone.png": "nowhere"}.items():
+        Path("photos/cat", name).symlink_to(Path(to).absolute())
+    os.mkfifo("photos/cat/pipe.png")
+    found, others = list_files(Path("photos/cat"))
+    assert [path.as_posix() for path in found] == [
+        f"photos/cat/{name}" for name in ("0.png", "gone.png", "linked/0.png")
+    ]
+    assert others == []
 
 
 def test_files_that_are_no_pictures_are_left_out_with_a_line_each_and_a_count(capsys):
