@@ -11,7 +11,7 @@ from config import Config
 from data import Dataset
 from engine.checkpoint import find_checkpoint, load_model
 from model import Architecture, per_stage, stage_channels
-from utils import InputError, part_of
+from utils import CHECKPOINTS, InputError, part_of
 
 
 class Start:
@@ -30,6 +30,10 @@ class Start:
             if config.resume:  # another file would be refused
                 problem = f"{problem.partition(';')[0]}; restore it, which --resume needs"
             raise InputError(f"init: {problem}") from None
+        if self.path.resolve().parent == (CHECKPOINTS / config.name).resolve():
+            raise InputError(
+                f"init: {config.init} is the network of this run itself; give another --name"
+            )
         self.sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
         theirs, ours = (comparable(a) for a in (self.model.architecture, config))
         different = [f.name for f in fields(Architecture) if theirs[f.name] != ours[f.name]]

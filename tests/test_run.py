@@ -762,7 +762,7 @@ def test_own_pictures_are_trained_resumed_tested_and_predicted(layout, monkeypat
     if not layout:
         line[line.index("photos")] = "moved"
         assert run_main("train", *line, "--resume", monkeypatch=monkeypatch) == 2
-        assert "num_classes: 4, but the run in" in capsys.readouterr().err
+        assert "data_dir: 4 classes, but the run in" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- starting from weights
@@ -835,6 +835,7 @@ def test_a_run_from_weights_resumes_to_the_bit_but_not_from_others(source, tiny)
             r"^init: .* has c1 4, channels .8, 16, 32., and this run c1 2, channels .4, 8, 16.;",
         ),
         ({"init": "nothing"}, "^init: nothing does not exist"),
+        ({"name": "source", "overwrite": True}, "^init: .* is the network of this run itself;"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(source, tiny, changes, words):
