@@ -49,6 +49,7 @@ from utils import (
     check_number,
     first_line,
     printable,
+    quoted,
 )
 
 CALIBRATION_IMAGES = 512  # of the training set, from which int8 takes its ranges
@@ -188,7 +189,7 @@ def export(
     if out / "network.json" in files:
         if examples:
             print("examples: whoever opens the page gets these test pictures, in network.json")
-        print(f"next: python -m http.server -d {printable(out.as_posix())}")
+        print(f"next: python -m http.server -d {quoted(out)}")
     if refused:
         raise InputError(
             f"{'; '.join(refused)}; not written: take another format, or a larger max_drop"

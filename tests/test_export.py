@@ -38,7 +38,7 @@ LOSS = 1  # point: so briefly trained, a network in int8 may lose an image or tw
 @pytest.fixture(scope="module")
 def exported(demo, tmp_path_factory):
     """The demo's checkpoint, the folder of its page and ONNX files, verdicts and output."""
-    folder, output = tmp_path_factory.mktemp("app"), io.StringIO()
+    folder, output = tmp_path_factory.mktemp("app") / "my page", io.StringIO()
     path = demo[0] / "model.safetensors"
     formats = ("onnx", "onnx-int8", "page")
     with contextlib.redirect_stdout(output):
@@ -114,7 +114,7 @@ def test_onnx_is_reproducible_and_holds_no_path_of_this_machine(exported):
 @needs_onnx
 def test_page_is_a_whole_folder_with_the_facts_and_examples_of_the_network(exported):
     path, folder, verdicts, output = exported
-    assert output.endswith(f"next: python -m http.server -d {folder.as_posix()}\n")
+    assert output.endswith(f"next: python -m http.server -d '{folder.as_posix()}'\n")
     assert "examples: whoever opens the page gets these test pictures" in output
     page = {"index.html", "network.json", "network.onnx", "offline.js"}
     assert {one.name for one in folder.iterdir()} == page | {"demo.onnx", "demo-int8.onnx"}
