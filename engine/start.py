@@ -22,6 +22,7 @@ class Start:
     """
 
     def __init__(self, config: Config) -> None:
+        self.name = config.init
         try:
             self.path = find_checkpoint(Path(config.init))
             self.model, self.info = load_model(self.path)
@@ -61,8 +62,8 @@ class Start:
 
     @property
     def described(self) -> dict[str, str]:
-        """The file, as a model file records it."""
-        return {"path": self.path.as_posix(), "sha256": self.sha256}
+        """The file, as it was named, and its hash: what a model file records."""
+        return {"name": self.name, "sha256": self.sha256}
 
     def state_dict(self) -> dict[str, str]:
         """The weights that a run was started with."""

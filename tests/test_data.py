@@ -355,6 +355,19 @@ def test_class_folders_are_read_as_predict_reads_them_and_a_fifth_is_for_the_tes
     assert len(without.test) == 0
 
 
+def test_new_pictures_move_few_others_into_the_test():
+    make_pictures("photos", cat=50, dog=50)
+    before = folder()
+    make_pictures("new", bird=10)
+    for path in Path("new/bird").iterdir():
+        path.rename(Path("photos/cat", f"new-{path.name}"))
+    after = folder()
+    dogs = [as_bytes(split.images[split.labels == 1]) for split in (before.test, after.test)]
+    assert dogs[0] == dogs[1]
+    moved = set(as_bytes(before.train.images)) & set(as_bytes(after.test.images))
+    assert len(moved) <= 2
+
+
 @pytest.mark.parametrize("tested", ["test", "val"])
 def test_train_and_test_folders_stay_apart(tested, capsys):
     make_pictures("photos/train", cat=3, dog=4)

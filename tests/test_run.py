@@ -788,7 +788,7 @@ def test_a_run_starts_from_weights_and_keeps_their_normalization(source, classes
     started, found = load_model(FOLDER / "model.safetensors")
     assert (found["mean"], found["std"]) == (info["mean"], info["std"])
     assert found["init"] == {
-        "path": path.as_posix(),
+        "name": str(path),
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
     }
     assert "init" not in info
