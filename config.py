@@ -252,7 +252,7 @@ CLAIMS = {
     "tiny": "89.98% (1 run, 42 min on two cores of an EPYC; an older Cutout)",
     "best": "96.77 ± 0.07% (3 seeds on an NVIDIA H200): the highest accuracy",
     "marathon": "not trained yet: `best` for four times as long",
-    "mine": "not measured yet: your own pictures, from the weights of `small`",
+    "mine": "your own pictures, from `small`: docs/own-pictures.md",
     "demo": "99.72% of the digits (1 run, under 2 min on two cores of an EPYC)",
 }
 

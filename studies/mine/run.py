@@ -10,7 +10,8 @@ weights are of a network trained on the other five classes; the released ones ha
 seed draws the pictures, too. The recipe is chosen by 2,500 training images that are not among the
 pictures. The test images of the five classes are read once for each row of the table.
 
-Record: recipe.csv and table.csv get a row per run; finished runs are not repeated.
+Record: recipe.csv and table.csv get a row per run; finished runs are not repeated,
+and a run that is cut off goes on.
 """
 
 if __name__ == "__main__":  # above the imports: a missing library or an old Python is one line
@@ -20,7 +21,6 @@ if __name__ == "__main__":  # above the imports: a missing library or an old Pyt
 
 import itertools
 import statistics
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -43,9 +43,8 @@ MINE = replace(
     PRESETS["mine"],
     dataset="cifar10",
     init=str(CHECKPOINTS / WEIGHTS),
-    name="mine-study",
     wandb="disabled",
-    overwrite=True,
+    resume=True,
 )
 SHORT = replace(MINE, epochs=20)
 ARMS = {
@@ -104,8 +103,8 @@ def train_weights(cifar10: Dataset) -> None:
 
 def run(cifar10: Dataset, stage: str, arm: str, number: int, seed: int) -> dict[str, object]:
     """Train and test one network; returns its row."""
-    config = replace(ARMS[stage][arm], seed=seed)
-    start = time.monotonic()
+    name = f"mine-study/{stage}-{arm}-{number}-{seed}"
+    config = replace(ARMS[stage][arm], seed=seed, name=name)
     log, score = train(config, pictures(cifar10, number, seed, test=stage == "table"))
     return {
         "arm": arm,
@@ -113,7 +112,7 @@ def run(cifar10: Dataset, stage: str, arm: str, number: int, seed: int) -> dict[
         "seed": seed,
         "train_accuracy": round(log[-1]["train_accuracy"], 2),
         "accuracy": round(score.accuracy, 2),
-        "seconds": round(time.monotonic() - start),
+        "seconds": round(sum(row["seconds"] for row in log)),
     }
 
 
@@ -126,12 +125,11 @@ def study(stage: Literal["weights", "recipe", "table"], /) -> None:
     path = FOLDER / f"{stage}.csv"
     rows = utils.read_csv(path) if path.exists() else []
     done = {(row["arm"], row["pictures"], row["seed"]) for row in rows}
-    for seed in SEEDS if stage == "table" else SEEDS[:1]:
-        for number in SIZES[stage]:
-            for arm in ARMS[stage]:
-                if (arm, number, seed) not in done:
-                    rows.append(run(cifar10, stage, arm, number, seed))
-                    utils.write_csv(path, rows)
+    seeds = SEEDS if stage == "table" else SEEDS[:1]
+    for number, seed, arm in itertools.product(SIZES[stage], seeds, ARMS[stage]):
+        if (arm, number, seed) not in done:
+            rows.append(run(cifar10, stage, arm, number, seed))
+            utils.write_csv(path, rows)
     print("\n| arm | pictures of a class | accuracy |\n|---|---|---|")
     for arm, number in itertools.product(ARMS[stage], SIZES[stage]):
         each = [row["accuracy"] for row in rows if (row["arm"], row["pictures"]) == (arm, number)]
