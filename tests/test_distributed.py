@@ -1,5 +1,6 @@
 """Two or three real processes, of torchrun or as it starts them, with gloo."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -22,6 +23,7 @@ from engine import distributed
 from engine.checkpoint import load_model, load_state
 from engine.evaluate import evaluate
 from learner import Learner
+from utils import InputError
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
@@ -216,6 +218,20 @@ def test_processes_that_torchrun_leaves_behind_save_and_end(number):
     state = load_state(Path("checkpoints/demo/last.pt"))[0]["metrics"]
     where = f"epoch {len(state['log']) + 1}, step {state['step']}"
     assert (where if state["step"] else f"epoch {len(state['log'])}") + "," in stopped[0]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_the_others_wait_for_the_first_even_if_it_fails(local_rank, fails, monkeypatch):
+    done = []
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.barrier", lambda: done.append("barrier"))
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    with contextlib.suppress(InputError), distributed.first_on_each_machine():
+        done.append("read")
+        if fails:
+            raise InputError("data_dir: nothing there")
+    assert done == (["barrier", "read"] if local_rank else ["read", "barrier"])
 
 
 @pytest.mark.slow

@@ -26,13 +26,14 @@ import utils
 from config import PRESETS, images_per_epoch, record
 from data import load_dataset, train_batches
 from engine import distributed
-from engine.checkpoint import PREVIOUS, load_model, load_state, read_state, save_state
+from engine.checkpoint import PREVIOUS, load_model, load_state, read_state, save_model, save_state
 from engine.evaluate import evaluate
 from engine.progress import Progress
 from engine.run import RUN_FILES, Run, lock_folder
 from engine.script import stop_signals
+from engine.start import Start
 from learner import Learner
-from model import Architecture
+from model import Architecture, ResNet
 from train import train, train_seeds
 from utils import DivergenceError, InputError, StoppedError, duration, part_of
 
@@ -724,12 +725,12 @@ def test_a_last_cosine_that_is_cut_off_is_reported(tiny, capsys, cycle, warned):
 
 @pytest.mark.parametrize("layout", ["", pytest.param("train", marks=pytest.mark.slow)])
 def test_own_pictures_are_trained_resumed_tested_and_predicted(layout, monkeypatch, capsys):
-    make_pictures(f"photos/{layout}", cat=20, dog=20, eel=20)
+    make_pictures(f"photos/{layout}", cat=5, dog=5, eel=5)
     if layout:
         make_pictures("photos/test", cat=2, dog=2, eel=2)
-    line = "demo --dataset folder --data-dir photos --batch-size 16 --epochs 2 --wandb disabled"
-    line = [*line.split(), "--name", "mine"]
-    assert run_main("train", *line, "--max-steps-per-epoch", 2, monkeypatch=monkeypatch) == 0
+    line = "demo --dataset folder --data-dir photos --batch-size 6 --wandb disabled --name mine"
+    line = line.split()
+    assert run_main("train", *line, "--epochs", 1, monkeypatch=monkeypatch) == 0
     out = capsys.readouterr().out
     assert "photos: " in out
     assert "3 classes: cat, dog, eel" in out
@@ -738,12 +739,12 @@ def test_own_pictures_are_trained_resumed_tested_and_predicted(layout, monkeypat
     assert info["data_dir"] == str(Path("photos").absolute())
     assert info["config"]["num_classes"] == model.architecture.num_classes == 3
     assert info["preset"] == "demo"
-    resumed = [*line, "--max-steps-per-epoch", 2, "--epochs", 3, "--resume"]
-    assert run_main("train", *resumed, monkeypatch=monkeypatch) == 0
+    line += ["--epochs", 2, "--resume"]
+    assert run_main("train", *line, monkeypatch=monkeypatch) == 0
     *_, following = capsys.readouterr().out.splitlines()
     _, script, *args = following.removeprefix("next: ").split()
     assert run_main(script.removesuffix(".py"), *args, monkeypatch=monkeypatch) == 0
-    assert "3 epochs of your pictures\ntest accuracy: " in capsys.readouterr().out
+    assert "2 epochs of your pictures\ntest accuracy: " in capsys.readouterr().out
     assert run_main("predict", "photos/test" if layout else "photos", monkeypatch=monkeypatch) == 0
     Path("photos").rename("moved")
     assert run_main("test", *args, monkeypatch=monkeypatch) == 2
@@ -755,13 +756,13 @@ def test_own_pictures_are_trained_resumed_tested_and_predicted(layout, monkeypat
     assert "other classes than the folders of the pictures; name" in capsys.readouterr().err
     assert run_main("test", *args, "--data-dir", "moved", monkeypatch=monkeypatch) == 0
     assert capsys.readouterr().err == ""
-    make_pictures("moved" if not layout else "moved/train", cat=21)
+    make_pictures("moved" if not layout else "moved/train", cat=6)
     assert run_main("test", *args, "--data-dir", "moved", monkeypatch=monkeypatch) == 0
     assert "the pictures are not those that" in capsys.readouterr().err
-    make_pictures("moved" if not layout else "moved/train", fox=20)
+    make_pictures("moved" if not layout else "moved/train", fox=5)
     if not layout:
         line[line.index("photos")] = "moved"
-        assert run_main("train", *line, "--resume", monkeypatch=monkeypatch) == 2
+        assert run_main("train", *line, monkeypatch=monkeypatch) == 2
         assert "data_dir: 4 classes, but the run in" in capsys.readouterr().err
 
 
@@ -771,7 +772,7 @@ def test_own_pictures_are_trained_resumed_tested_and_predicted(layout, monkeypat
 @pytest.fixture
 def source(tiny):
     """A trained network: its file, its weights, its metadata."""
-    train(replace(tiny, name="source", epochs=1))
+    train(replace(tiny, name="source", epochs=1, max_steps_per_epoch=1))
     path = Path("checkpoints/source/model.safetensors")
     return path, *load_model(path)
 
@@ -801,9 +802,21 @@ def test_a_run_starts_from_weights_and_keeps_their_normalization(source, classes
     assert all(last) if classes == "the same" else not any(last)
 
 
+@pytest.mark.parametrize("names", ["0123456789", "abcdefghij", "xyz"])
+def test_all_is_copied_but_the_last_layer_of_other_classes(source, names, tiny):
+    path, model, _ = source
+    start = Start(replace(tiny, init=str(path), dropout=0.5, conv_kernel=(3, 3, 3)))
+    filled = ResNet(replace(tiny, num_classes=len(names)))
+    start.fill(filled, tuple(names))
+    found = filled.state_dict()
+    others = {name for name, v in model.state_dict().items() if not torch.equal(v, found[name])}
+    same = names == "0123456789"
+    assert others == (set() if same else {"linear.weight", "linear.bias"})
+
+
 def test_a_run_from_weights_resumes_to_the_bit_but_not_from_others(source, tiny):
-    path, *_ = source
-    config = replace(tiny, init=str(path), save_minutes=0.0)
+    path, model, info = source
+    config = replace(tiny, init=str(path), save_minutes=0.0, epochs=2, max_steps_per_epoch=1)
     train(replace(config, name="whole"))
 
     def end(rows):
@@ -815,7 +828,8 @@ def test_a_run_from_weights_resumes_to_the_bit_but_not_from_others(source, tiny)
     path.unlink()
     with pytest.raises(InputError, match=r"^init: .*; restore it, which --resume needs"):
         train(replace(config, resume=True))
-    train(replace(tiny, name="source", epochs=1, seed=1, overwrite=True))
+    del info["architecture"]
+    save_model(path, model, info | {"seed": 1})
     with pytest.raises(InputError, match=r"^resume: .* is not the file that it was started from"):
         train(replace(config, resume=True))
     path.write_bytes(content)

@@ -211,6 +211,7 @@ def test_a_trial_is_a_function_of_the_seed_and_its_number(algorithm):
 def test_every_preset_can_be_searched_from(preset):
     make_pictures("photos", cat=2, dog=2)  # of `mine`
     trials = make_trials(SPACE, preset, epochs=30)
+    assert trials.base.init == ""  # whose weights fit one network alone
     sample, _ = draw_sample(trials.search, trials.base, SPACE, 1, [])
     check_config(configuration(sample, trials.base))
 
