@@ -93,7 +93,7 @@ def test_options_exist(command, monkeypatch):
 
 @pytest.mark.parametrize("command", sorted(set(TRAININGS)))
 def test_trainings_are_accepted(command):
-    for path in ("checkpoints/search/best.json", "checkpoints/mine/config.json"):
+    for path in ("checkpoints/search/best.json", "checkpoints/mixed/config.json"):
         utils.write_json(Path(path), record(PRESETS["demo"]))
     _, *args = shlex.split(command)
     # The budget is checked last, so that nothing else of the command is refused.
