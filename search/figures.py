@@ -15,6 +15,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from engine.evaluate import half_width
 from engine.plots import BLUE, GREY, ORANGE, save
 from model import MAX_PARAMS, Architecture, check_budget, feature_size
 from search.space import PER_STAGE
@@ -277,14 +278,12 @@ def plot_means(
     axes: Axes, values: list, levels: list, y: np.ndarray, rng: np.random.Generator
 ) -> None:
     """Plot the points of each level, and their mean with its 95% interval (Student's t)."""
-    from scipy.stats import t as student_t  # here, since importing it takes most of a second
-
     for place, level in enumerate(levels):
         found = y[[value == level for value in values]]
         jitter = rng.uniform(-0.15, 0.15, len(found))
         axes.plot(place + jitter, found, "o", color=BLUE, markersize=3.5, alpha=0.7)
         if len(found) > 1:
-            half = student_t.ppf(0.975, len(found) - 1) * found.std(ddof=1) / len(found) ** 0.5
+            half = half_width(found.tolist())
             axes.errorbar(
                 place + 0.3, found.mean(), half, fmt="_", color=ORANGE, capsize=3, markersize=9
             )
