@@ -21,7 +21,6 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -34,7 +33,7 @@ from data import EVAL_BATCH, Normalize
 from engine import evaluate
 from engine.checkpoint import find_checkpoint, load_model
 from engine.distributed import init_processes
-from engine.pictures import MAX_READERS, list_files, read_or_explain
+from engine.pictures import list_files, read_or_explain, reader_threads
 from engine.script import plain_arguments
 from utils import (
     CHECKPOINTS,
@@ -96,7 +95,7 @@ def predict(
     model, normalize = model.to(device), Normalize(info["mean"], info["std"]).to(device)
     answers = []
     with (
-        ThreadPoolExecutor(min(MAX_READERS, os.cpu_count() or 1)) as readers,
+        reader_threads() as readers,
         tqdm(total=len(files), unit="img", delay=1, leave=False, disable=None) as bar,
     ):
         for start in range(0, len(files), batch_size):

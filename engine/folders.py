@@ -5,10 +5,8 @@ and whatever lies below a class's folder belongs to it. The class folders are in
 named, or in its train/ and its test/ (or val/).
 """
 
-import os
 import unicodedata
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -16,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine.distributed import is_main
-from engine.pictures import MAX_READERS, list_files, read_or_explain
+from engine.pictures import list_files, read_or_explain, reader_threads
 from utils import IMAGE_SIZE, InputError, warn
 
 MAX_CLASSES = 1000
@@ -202,7 +200,7 @@ def read_pictures(files: list[Path]) -> tuple[Tensor, list[str | None]]:
     errors = []
     with (
         warnings.catch_warnings(action="ignore"),  # Pillow's, about oddities of a file
-        ThreadPoolExecutor(min(MAX_READERS, os.cpu_count() or 1)) as readers,
+        reader_threads() as readers,
         tqdm(
             total=len(files),
             desc="reading pictures",

@@ -3,8 +3,10 @@
 import contextlib
 import functools
 import io
+import os
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,11 @@ def files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
                 yield from files_below(path, above)
         elif path.is_file() or not path.exists():  # neither a pipe nor a device
             yield path
+
+
+def reader_threads() -> ThreadPoolExecutor:
+    """Threads that read pictures at the same time, for a `with` block."""
+    return ThreadPoolExecutor(min(MAX_READERS, os.cpu_count() or 1))
 
 
 def read_or_explain(
