@@ -31,6 +31,8 @@ FAST_TEST = 94.56  # percent of the test images, of the run in fast-validation.c
 TPSNET_TEST, TPSNET_EPOCHS = 94.84, 300  # as published
 # In images/family.png, where a network's name would cover something on the left of its point.
 LABEL_PLACES = {
+    ("best", "num_params"): ((-9, -5), "right"),
+    ("best", "macs"): ((-11, -2), "right"),
     ("tiny", "num_params"): ((8, -10), "left"),
     ("tiny", "macs"): ((9, -6), "left"),
     ("small", "num_params"): ((-8, 17), "left"),
@@ -312,7 +314,7 @@ def family(ours: list[dict], others: list[dict], path: str | Path) -> None:
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
     names = list(dict.fromkeys(row["family"] for row in others))
-    styles = {name: (GREY, marker, "--") for name, marker in zip(names, "Dsv^", strict=False)}
+    styles = {name: (GREY, marker, "--") for name, marker in zip(names, "Dsv^P*", strict=True)}
     styles[names[0]] = (ORANGE, "D", "")
     for axes, (cost, label) in zip(figure.subplots(1, 2, sharey=True), COSTS.items(), strict=True):
         for name, (color, marker, line) in styles.items():
