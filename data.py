@@ -615,6 +615,7 @@ def split_validation(dataset: Dataset, val_size: int) -> Dataset:
         return dataset
     check_size("val_size", val_size, dataset)
     train, val = stratified(dataset.train, val_size)
+    check_every_class("val_size", val_size, train, dataset, "a smaller one")
     return replace(dataset, train=train, val=val)
 
 
@@ -623,7 +624,9 @@ def take_training(dataset: Dataset, train_size: int) -> Dataset:
     if train_size in (0, len(dataset.train)):
         return dataset
     check_size("train_size", train_size, dataset)
-    return replace(dataset, train=stratified(dataset.train, train_size)[1])
+    _, train = stratified(dataset.train, train_size)
+    check_every_class("train_size", train_size, train, dataset, "a larger one")
+    return replace(dataset, train=train)
 
 
 def check_size(name: str, size: int, dataset: Dataset) -> None:
@@ -639,6 +642,16 @@ def check_size(name: str, size: int, dataset: Dataset) -> None:
         raise InputError(
             f"{name}: {size} of {num_images:,} training images; use 0, or {num_classes} to"
             f" {num_images - num_classes:,}"
+        )
+
+
+def check_every_class(name: str, size: int, train: Split, dataset: Dataset, remedy: str) -> None:
+    """Raise InputError if a split leaves a rare class without an image to train on."""
+    numbers = train.labels.bincount(minlength=len(dataset.class_names))
+    if numbers.min() == 0:
+        raise InputError(
+            f"{name}: {size} of {len(dataset.train):,} training images leaves none of"
+            f" {dataset.class_names[numbers.argmin()]} to train on; use {remedy}"
         )
 
 

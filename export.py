@@ -30,6 +30,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -153,7 +154,7 @@ def export(
         f" thread\n\n{HEADER}",
         flush=True,
     )
-    eager = functools.partial(open_eager, network)
+    eager = partial(open_eager, network)
     expected = logits_of(eager, test)
     verdicts = [verify("PyTorch", 0, eager, test, expected)]
     print(verdicts[0], flush=True)
@@ -163,7 +164,7 @@ def export(
         if file_kind not in made:
             with quiet():
                 content = make(file_kind, network, calibration, facts)
-                opener = functools.partial(open_pte if kind.startswith("pte") else open_onnx, content)
+                opener = partial(open_pte if kind.startswith("pte") else open_onnx, content)
                 made[file_kind] = content, verify(kind, len(content), opener, test, expected)
         content, verdict = made[file_kind]
         verdict = verdict._replace(name=kind)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from config import Config, image_size, images_per_epoch, steps_per_epoch
 from data import Dataset
 from engine.distributed import compute_dtype, dtype_name, is_main, num_processes
+from engine.start import Start
 from model import model_cost
 from utils import duration, printable, warn
 
@@ -23,7 +24,13 @@ WANDB_QUIET = {"WANDB_SILENT": "true", "WANDB_CONSOLE": "off", "WANDB_ERROR_REPO
 Row = dict[str, float | None]  # of log.csv
 
 
-def print_plan(config: Config, data: Dataset, device: torch.device, position: str | None) -> None:
+def print_plan(
+    config: Config,
+    data: Dataset,
+    device: torch.device,
+    start: Start | None,
+    position: str | None,
+) -> None:
     """Print what is about to be trained, on what, and from where.
 
     Args:
@@ -50,8 +57,9 @@ def print_plan(config: Config, data: Dataset, device: torch.device, position: st
     if config.teacher:
         number = config.teacher_views or "new"
         print(f"teacher: {config.teacher}, {number} views of each image")
-    if config.init:
-        print(f"init: the weights of {config.init}")
+    if start:
+        other = "" if start.has_classes(data.class_names) else " but the last layer's: new classes"
+        print(f"init: the weights of {start.name}{other}")
     annealed, cycle = config.epochs - config.warmup_epochs, config.restart_epochs
     if config.schedule == "cosine_restarts" and annealed % cycle:
         warn(

@@ -210,7 +210,8 @@ class Run:
                 warn(f"{last} {problem}; going on from {PREVIOUS}, the state that was saved before")
                 last.with_name(PREVIOUS).replace(last)
             position = str(self) if self.epoch or self.step else None
-            print_plan(self.config, self.data, self.data.train.labels.device, position)
+            device, start = self.data.train.labels.device, self._parts.get("start")
+            print_plan(self.config, self.data, device, start, position)
             group = self.config.name.rpartition("/")[0] or None
             self.wandb = WandbRun(
                 self.config.wandb, self.folder, record(self.config), self.wandb_id, group

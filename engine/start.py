@@ -52,11 +52,15 @@ class Start:
         """The same data with the normalization that the weights were trained with."""
         return replace(data, mean=tuple(self.info["mean"]), std=tuple(self.info["std"]))
 
+    def has_classes(self, class_names: tuple[str, ...]) -> bool:
+        """True if these are the network's classes, so that its last layer is of use."""
+        return self.info["class_names"] == list(class_names)
+
     @torch.no_grad()
     def fill(self, model: nn.Module, class_names: tuple[str, ...]) -> None:
         """Copy the weights to `model`; those of the last layer only if the classes are the same."""
         weights = self.model.state_dict()
-        if self.info["class_names"] != list(class_names):
+        if not self.has_classes(class_names):
             weights = {k: v for k, v in weights.items() if not k.startswith("linear.")}
         model.load_state_dict(weights, strict=False)
 

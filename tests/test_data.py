@@ -324,7 +324,7 @@ def test_unknown_dataset_is_refused():
 
 def folder(path="photos", **options):
     """The class folders in a folder."""
-    changes = {name: options.pop(name) for name in ("val_size",) if name in options}
+    changes = {name: options.pop(name) for name in ("val_size", "train_size") if name in options}
     return load_dataset(Config(dataset="folder", data_dir=str(path), **changes), **options)
 
 
@@ -434,6 +434,17 @@ def test_validation_images_of_a_class_of_one_are_refused():
         folder(val_size=2)
     make_pictures("photos", cat=9, dog=9)
     assert len(folder(val_size=2).val) == 2
+
+
+@pytest.mark.parametrize(
+    ("sizes", "remedy"), [({"val_size": 30}, "a smaller one"), ({"train_size": 4}, "a larger one")]
+)
+def test_no_class_is_left_without_images_to_train_on(sizes, remedy):
+    make_pictures("photos", cat=40, dog=3)
+    ((name, size),) = sizes.items()
+    words = f"^{name}: {size} of 34 training images leaves none of dog to train on; use {remedy}$"
+    with pytest.raises(InputError, match=words):
+        folder(**sizes)
 
 
 def test_digits_in_class_folders_are_the_digits():

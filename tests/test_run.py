@@ -778,14 +778,18 @@ def source(tiny):
 
 
 @pytest.mark.parametrize("classes", ["the same", "others"])
-def test_a_run_starts_from_weights_and_keeps_their_normalization(source, classes, tiny):
+def test_a_run_starts_from_weights_and_keeps_their_normalization(source, classes, tiny, capsys):
     path, model, info = source
     digits = load_dataset(tiny)
     if classes == "others":
         names = tuple("abcdefghij")
         digits = replace(digits, class_names=names, mean=(0.1,) * 3)
     still = replace(tiny, init=str(path), lr=0.0, epochs=1, val_size=0)
+    capsys.readouterr()
     train(still, digits)
+    (line,) = re.findall(r"^init: .*", capsys.readouterr().out, re.M)
+    assert line.startswith(f"init: the weights of {path}")
+    assert line.endswith("but the last layer's: new classes") == (classes == "others")
     started, found = load_model(FOLDER / "model.safetensors")
     assert (found["mean"], found["std"]) == (info["mean"], info["std"])
     assert found["init"] == {
