@@ -16,7 +16,6 @@ if __name__ == "__main__":  # above the imports: a missing library or an old Pyt
 
 import base64
 import contextlib
-import functools
 import hashlib
 import importlib.util
 import io
@@ -30,7 +29,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -375,7 +374,7 @@ def to_onnx(network: nn.Module, metadata: dict[str, str]) -> bytes:
     return finished_onnx(onnx.load_from_string(traced(network)), metadata)
 
 
-@functools.lru_cache(maxsize=1)  # the way to int8 begins with it, too
+@lru_cache(maxsize=1)  # the way to int8 begins with it, too
 def traced(network: nn.Module) -> bytes:
     """The network as PyTorch's exporter writes it."""
     program = torch.onnx.export(
