@@ -118,7 +118,7 @@ class Learner:
         """Everything that changes while it learns."""
         return {
             "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "optimizers": [{"state": o.state_dict()["state"]} for o in self.optimizers],
             "ema": self.ema and self.ema.state_dict(),
             "steps": self.steps,
         }

@@ -10,8 +10,9 @@ log (but its seconds) and test accuracy.
 A signal (SIGINT, SIGTERM, SIGUSR1 or SIGHUP, at a random instant) must be answered with a line, the
 state saved, and the status that it has by convention; what is resumed must be the same too.
 
-A corruption flips a bit of a saved file, cuts it off, zeroes a range or swaps two. It must be
-noticed or make no difference. Whatever happens is one line of text, never a traceback.
+A corruption flips a bit of a saved file, cuts it off, zeroes a range or swaps two: of a state, a
+model or a teacher's kept answers. It must be noticed or make no difference. Whatever happens is one
+line of text, never a traceback.
 
 A damaged search (damaged_search.py) must keep every trial whose file is undamaged.
 
@@ -68,6 +69,7 @@ FAST = {
         " schedule keep_fraction small_fraction"
     ).split()
 } | {"width": 1}
+OTHER = "other.safetensors"  # the network of the first recipe
 SMALL = ("small_fraction", "small_size", "small_images")  # of the preset best
 RECIPES = [
     TINY,
@@ -81,8 +83,10 @@ RECIPES = [
         ema_decay=0.9,
         cutout_size=8,
     ),
+    replace(TINY, init=OTHER, teacher=OTHER, teacher_views=2, label_smoothing=0.0),
 ]
 FILES = ("last.pt", checkpoint.PREVIOUS, "model.safetensors")
+ANSWERS = Path(TINY.data_dir, "answers")
 
 
 def main() -> int:
@@ -117,7 +121,7 @@ class Fork:
     Args:
         moments: signals that it sends itself, by (path, n): just before a file whose path ends like
             this is renamed into its place for the n-th time; of "", before the n-th access of any
-            kind to a file of a run.
+            kind to a file of a run or of its teacher's answers.
     """
 
     def __init__(self, config: Config, moments: dict[tuple[str, int], int] | None = None) -> None:
@@ -173,7 +177,7 @@ def run(config: Config) -> None:
 
 
 def watch_accesses(moments: dict[tuple[str, int], int]) -> Counter:
-    """Count openings, renamings and removals below the run folders; see `Fork`."""
+    """Count openings, renamings and removals of a run's files and answers; see `Fork`."""
     count = Counter()
     endings = {ending for ending, _ in moments} | {""}
 
@@ -181,7 +185,7 @@ def watch_accesses(moments: dict[tuple[str, int], int]) -> Counter:
         if event not in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"):
             return
         path = str(args[event == "os.rename"])  # of a renaming, the new one
-        if CHECKPOINTS.name not in path:
+        if CHECKPOINTS.name not in path and ANSWERS.name not in path:
             return
         for ending in endings if event == "os.rename" else [""]:
             if path.endswith(ending):
@@ -202,7 +206,15 @@ class Whole:
         assert fork.wait() == 0, fork.lines
         self.config, self.seconds = config, time.perf_counter() - start
         self.accesses, self.result = int(Path("accesses").read_text()), result(config)
-        shutil.rmtree(CHECKPOINTS / config.name)
+        if not Path(OTHER).exists():
+            shutil.copy(CHECKPOINTS / config.name / "model.safetensors", OTHER)
+        start_anew()
+
+
+def start_anew() -> None:
+    """Remove the runs, and what a teacher answered."""
+    for folder in (CHECKPOINTS, ANSWERS):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def result(config: Config) -> dict[str, str]:
@@ -242,7 +254,7 @@ def kill_all(whole: list[Whole], number: int, rng: random.Random) -> int:
     bar = tqdm(total=number, desc="kills", disable=None)
     while kills < number:
         one, twice = whole[trial % len(whole)], kills % 3 == 2
-        shutil.rmtree("checkpoints", ignore_errors=True)
+        start_anew()
         trial += 1
         if not killed(one, rng):
             continue  # it was finished before
@@ -298,22 +310,23 @@ def is_silent(fork: Fork) -> bool:
 
 def signal_all(whole: list[Whole], number: int, rng: random.Random) -> int:
     """Signal so many trainings, and resume each; returns how many did wrong or were lost."""
-    counts = {"saved": 0, "before the run": 0, "too late": 0, "wrong": 0}
+    counts = dict.fromkeys(("saved", "before the first step", "too late", "wrong"), 0)
     for trial in tqdm(range(number), desc="signals", disable=None):
         one = whole[trial % len(whole)]
-        shutil.rmtree("checkpoints", ignore_errors=True)
+        start_anew()
         name = rng.choice(StopSignals.NAMES)
         fork, sent = Fork(one.config), getattr(signal, name)
         status = fork.wait(rng.uniform(0.01, one.seconds), sent)
         said = "\n".join(["", *fork.lines])
-        if status == 128 + sent and f"\nstopped by {name} after " in said:
-            outcome = "saved" if f"\n{name}: stopping after" in said else "wrong"
+        if status == 128 + sent and f"\nstopped by {name} " in said:
+            outcome = "saved" if has_state(one.config) else "before the first step"
+            outcome = outcome if f"\n{name}: stopping after" in said else "wrong"
         elif status == 0:  # heard after the last step, or not at all
             outcome = "too late"
         else:  # it has its usual effect until there is something to save
             begun = has_state(one.config)
             usual = status == -sent or (status, said) == (130, "\ninterrupted")
-            outcome = "before the run" if usual and not begun else "wrong"
+            outcome = "before the first step" if usual and not begun else "wrong"
         if outcome == "wrong":
             print(f"wrong: {name}, exit status {status}", *fork.lines, sep="\n  ")
         elif not (result(one.config) == one.result if status == 0 else resumes_to_the_same(one)[0]):
@@ -333,7 +346,10 @@ def corrupt_all(whole: list[Whole], number: int, rng: random.Random) -> int:
     broken = [half_done(one, Path(f"broken-{i}")) for i, one in enumerate(whole)]
     for trial in tqdm(range(number), desc="corruptions", disable=None):
         one = whole[trial % len(whole)]
-        shutil.rmtree("checkpoints", ignore_errors=True)
+        start_anew()
+        if one.config.teacher and rng.random() < 0.5:
+            counts[use_answers(one, rng)] += 1
+            continue
         shutil.copytree(broken[trial % len(whole)], "checkpoints")
         names = rng.choice([FILES[:1], FILES[:2], FILES[2:], FILES[2:]])
         paths = [CHECKPOINTS / one.config.name / name for name in names]
@@ -350,7 +366,7 @@ def corrupt_all(whole: list[Whole], number: int, rng: random.Random) -> int:
 def half_done(one: Whole, folder: Path) -> Path:
     """Kill a training in its last third; `folder`, in which it then is with all its files."""
     for fatal in range(one.accesses * 2 // 3, one.accesses):
-        shutil.rmtree("checkpoints", ignore_errors=True)
+        start_anew()
         assert Fork(one.config, {("", fatal): signal.SIGKILL}).wait() == -signal.SIGKILL
         if all((CHECKPOINTS / one.config.name / name).exists() for name in FILES):
             break
@@ -403,6 +419,20 @@ def use_model(path: Path, sound: bytes) -> str:
         return "detected" if "\n" not in str(error) else "wrong"
     path.write_bytes(sound)
     return "harmless" if found == digest(load_digestible(path)) else "wrong"
+
+
+def use_answers(one: Whole, rng: random.Random) -> str:
+    """Damage a file of kept answers and train with it: the same result, with a line about it."""
+    assert Fork(one.config).wait() == 0
+    shutil.rmtree(CHECKPOINTS)
+    damage(rng.choice(sorted(ANSWERS.rglob("*.safetensors"))), rng)
+    fork = Fork(one.config)
+    status = fork.wait()
+    warned = any("is damaged; computing its answers again" in line for line in fork.lines)
+    if status == 0 and result(one.config) == one.result:
+        return "detected" if warned else "harmless"
+    print(f"wrong: exit status {status}", *fork.lines, sep="\n  ")
+    return "wrong"
 
 
 def load_digestible(path: Path) -> tuple[dict, dict]:

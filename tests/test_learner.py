@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import ROOT, TINY
+from faults import digest
 from torch import nn
 from torch.nn import functional as F
 
@@ -122,6 +123,16 @@ def test_every_step_is_taken_at_its_rate(digits, optimizer):
     long.load_state_dict(short.state_dict())
     assert long.lr == pytest.approx(0.1 * 6 / 8)
     assert rates(long) == pytest.approx([lr * 6 / 8 for lr in both])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+def test_restored_learner_has_the_state_that_was_saved(digits, optimizer):
+    config = replace(TINY, optimizer=optimizer, schedule="linear", ema_decay=0.9)
+    one, other = (Learner(config, digits, CPU) for _ in range(2))
+    for epoch in (1, 2):
+        one.step(*next(train_batches(digits, config, epoch)))
+    other.load_state_dict(one.state_dict())
+    assert digest(other.state_dict()) == digest(one.state_dict())
 
 
 def test_dropout_is_drawn_anew_in_each_step_and_by_the_seed_alone(digits):
