@@ -1,5 +1,6 @@
 """A run cannot be lost: kills, signals, full disks, two runs at once, divergence, damaged files."""
 
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -48,6 +49,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(number)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a run of one epoch."""
+    with contextlib.chdir(tmp_path_factory.mktemp("trained")):
+        train(replace(TINY, epochs=1))
+        return FOLDER.absolute()
 
 
 def where(folder=FOLDER):
@@ -467,8 +476,8 @@ def test_finished_run_is_only_tested_again_and_how_it_runs_may_change(tiny, caps
     ],
     ids=["tensor", "optimizers", "position", "metrics", "list"],
 )
-def test_state_that_does_not_fit_is_refused(tiny, spoil):
-    train(replace(tiny, epochs=1))
+def test_state_that_does_not_fit_is_refused(tiny, trained, spoil):
+    shutil.copytree(trained, FOLDER)
     state = read_state(FOLDER / "last.pt")
     spoil(state)
     save_state(FOLDER / "last.pt", state)
@@ -770,9 +779,9 @@ def test_own_pictures_are_trained_resumed_tested_and_predicted(layout, monkeypat
 
 
 @pytest.fixture
-def source(tiny):
+def source(trained):
     """A trained network: its file, its weights, its metadata."""
-    train(replace(tiny, name="source", epochs=1, max_steps_per_epoch=1))
+    shutil.copytree(trained, "checkpoints/source")
     path = Path("checkpoints/source/model.safetensors")
     return path, *load_model(path)
 
