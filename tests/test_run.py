@@ -170,7 +170,7 @@ def test_damaged_state_gives_way_to_the_previous_one_even_if_killed_then(nth):
 
 
 def test_run_of_before_goes_on():
-    """Of a commit with the same keys in last.pt, but without a constant that is newer."""
+    """Of a commit that also saved the optimizer's constants, and lacked a constant of ours."""
     expected = whole(EACH_STEP)
     assert Fork(EACH_STEP, {(PREVIOUS, 6): signal.SIGKILL}).wait() == -signal.SIGKILL
     state = read_state(FOLDER / "last.pt")
@@ -179,6 +179,7 @@ def test_run_of_before_goes_on():
     kept = {"log", "step", "seen", "loss", "correct", "lr", "seconds", "wandb_id"}
     assert set(state["metrics"]) == kept
     del state["config"]["cutout_size"], state["config"]["channels"]
+    state["learner"]["optimizers"][0]["param_groups"] = [{"lr": 99.0, "params": [0]}]
     save_state(FOLDER / "last.pt", state)
     with pytest.raises(InputError, match=r"cutout_size: 4, but .* started with 0"):
         Run(replace(EACH_STEP, resume=True, cutout_size=4))
