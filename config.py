@@ -407,6 +407,9 @@ def load_config(path: str | Path) -> Config:
         raise InputError(
             f"config: {path} holds no constants of a run ({first_line(error)}); {remedy}"
         ) from None
+    for name, value in asdict(config).items():
+        if isinstance(value, str) and not value.isprintable():  # -h prints it
+            raise InputError(f"config: {path} has control characters in its {name}; {remedy}")
     check_config(config)
     return config
 

@@ -56,10 +56,10 @@ def print_plan(
     print(f"epochs: {config.epochs} of {steps:,} steps, on {device.type}{number}, {dtype}")
     if config.teacher:
         number = config.teacher_views or "new"
-        print(f"teacher: {config.teacher}, {number} views of each image")
+        print(printable(f"teacher: {config.teacher}, {number} views of each image"))
     if start:
         other = "" if start.has_classes(data.class_names) else " but the last layer's: new classes"
-        print(f"init: the weights of {start.name}{other}")
+        print(printable(f"init: the weights of {start.name}{other}"))
     annealed, cycle = config.epochs - config.warmup_epochs, config.restart_epochs
     if config.schedule == "cosine_restarts" and annealed % cycle:
         warn(

@@ -95,6 +95,7 @@ MISTAKES = [
     ("--config half.json", ["config", "half.json", "config.json that train.py wrote"]),
     ("--config deep.json", ["config", "deep.json", "nests too deep"]),
     ("--config foreign.json", ["config", "foreign.json", "depth"]),
+    ("--config escape.json -h", ["config", "control characters in its data_dir", "best.json"]),
     ("--config wide.json", ["c1", "'wide'", "from 1 to 4096"]),
     ("tpsnet --config wide.json", ["config", "'wide.json' beside the preset tpsnet; leave one"]),
 ]
@@ -104,6 +105,7 @@ FILES = {
     "half": '{"c1":',
     "deep": 99_999 * "[",
     "foreign": '{"depth": 3}',
+    "escape": r'{"data_dir": "\u001b[31m"}',
     "wide": '{"c1": "wide"}',
 }
 
