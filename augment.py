@@ -1,7 +1,7 @@
 """Augmentation: AutoAugment, TrivialAugment, random crop, rotation, flip and Cutout; and mixing.
 
 All but the mixing, which is drawn for a batch, is drawn for each image. Every draw is a pure
-function of (seed, epoch) and the order of the images.
+function of (seed, epoch) and the order of the images; the mixing's, of (seed, epoch, step).
 """
 
 import math

@@ -386,7 +386,7 @@ def check_resumable(config: Config, stored: dict[str, object], folder: Path) -> 
 
 
 def record(config: Config) -> dict[str, object]:
-    """The constants of a run as JSON values, without `resume` and `overwrite`."""
+    """The constants of a run as JSON values, with `resume` and `overwrite` off."""
     return asdict(replace(config, resume=False, overwrite=False))
 
 
@@ -423,7 +423,8 @@ def parse_command_line(args: list[str]) -> Config:
     """The constants of the preset or file that the arguments name, with their overrides.
 
     Raises:
-        InputError: both are named, or --resume is given a value.
+        InputError: both are named, the file is wrong (see `load_config`), --resume is given a
+            value, or two options contradict each other.
     """
     args = plain_arguments(args, Config)
     for option, value in itertools.pairwise(args):

@@ -112,7 +112,7 @@ RELEASES = {
 # training and 23 for the test were decoded from JPEG; the others are the official ones.
 APPROXIMATE_COPY = "feb1a89863ee464b208bbb4ee2921ef600c46cbc0372b6b68e8966be7599e65f"
 
-SPLIT_SEED = 0  # of the validation and digits splits; the same in every run, so runs compare
+SPLIT_SEED = 0  # of every stratified split; the same in every run, so runs compare
 EVAL_BATCH = 500  # images; the same in all scripts, so that their results agree to the last bit
 
 Batch = tuple[Tensor, Tensor, int]  # images, targets (N, C), size of the global batch
@@ -260,7 +260,7 @@ def class_names_of(config: Config) -> tuple[str, ...]:
     """The class names of a configuration's data set, by listing folders, without reading images.
 
     Raises:
-        InputError: there is no such data set, or the folder has no classes.
+        InputError: there is no such data set, or the class folders are wrong (engine/folders.py).
     """
     check_known(config.dataset)
     if config.dataset == "folder":

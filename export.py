@@ -4,9 +4,9 @@
     python export.py checkpoints/mine --format onnx onnx-int8 --out app --limit 1000
     python export.py checkpoints/mine --format page --out mine-page  # for any static web host
 
-The exported file takes RGB images scaled to [0, 1], (N, 3, 32, 32), normalizes them itself, and
-returns logits. `pip install -r requirements-export.txt` installs the libraries; docs/mobile.md
-shows how apps use the files.
+The exported file takes RGB images scaled to [0, 1], (N, 3, 32, 32) with N = 1 for ExecuTorch,
+normalizes them itself, and returns logits. `pip install -r requirements-export.txt` installs the
+libraries; docs/mobile.md shows how apps use the files.
 """
 
 if __name__ == "__main__":  # above the imports: a missing library or an old Python is one line
@@ -111,7 +111,7 @@ def export(
         checkpoint: A file, a network's name, or a folder: its newest run, else a released network.
         format: ONNX or ExecuTorch (pte), in float32 or int8; by default all that are installed. Or
             a page that runs the network in the browser, by ONNX in int8.
-        out: Folder for the files, which are named after the network.
+        out: Folder for the files; all but those of a page are named after the network.
         limit: Check on this many test images only; 0 for all.
         max_drop: Points of accuracy that a format may lose; one that loses more, and more than one
             image, is not written.

@@ -241,7 +241,7 @@ def make_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """`sgd` for all parameters; or `muon` for the convolutions and Adam for the rest.
 
-    Nesterov's momentum and weight decay apply to SGD alone. Muon multiplies matrices in `dtype`.
+    `nesterov` and `weight_decay` apply to SGD alone. Muon multiplies matrices in `dtype`.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     on_gpu, lr, adam_lr = parameters[0].is_cuda, config.lr, config.adam_lr
@@ -279,7 +279,8 @@ def lr_factor(config: Config, step: int, steps_per_epoch: int) -> float:
     """The learning rate of a step as a fraction of its constant (`lr`, `adam_lr`).
 
     It rises to 1 in the warm-up. After that `linear` falls to 0 by the step, and `cosine` and
-    `cosine_restarts` by whole epochs, as in SGDR (Loshchilov & Hutter, arXiv:1608.03983).
+    `cosine_restarts` by whole epochs, as in the paper's code (in SGDR, whose restarts these are, by
+    the step; Loshchilov & Hutter, arXiv:1608.03983).
 
     Args:
         step: from 0, over all epochs.

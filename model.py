@@ -79,7 +79,7 @@ class Architecture:
 class BasicBlock(nn.Module):
     """conv-BN-ReLU-dropout-conv-BN, plus the shortcut, then ReLU (He et al., arXiv:1512.03385).
 
-    The shortcut is the identity, or a strided convolution with BN where the shape changes.
+    The shortcut is the identity, or a convolution with BN where the shape changes.
     """
 
     def __init__(
@@ -308,7 +308,7 @@ def count_parameters(model: nn.Module) -> int:
 def count_macs(model: nn.Module) -> int:
     """Multiply-accumulates of one image's forward pass; `model` is on the meta device.
 
-    Not by torch.utils.flop_counter, whose import takes two seconds, more with Triton.
+    Not by torch.utils.flop_counter, whose first use takes some seconds.
     """
     macs = []
 

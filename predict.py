@@ -206,7 +206,8 @@ def find_pictures(arguments: tuple[str, ...]) -> list[str]:
     Stdin is `-`, and a file of that name `./-`.
 
     Raises:
-        InputError: none is named, one is an address, or there is no such file.
+        InputError: none is named, one is an address, stdin is named twice, there is no such file,
+            or a folder holds no picture.
     """
     if not arguments:
         raise InputError("images: none is named; name files, folders or globs, or - for stdin")

@@ -324,7 +324,7 @@ def compare_groups(names: list[Path], groups: list[list[Path]], json: str) -> di
 
     Raises:
         InputError: a run is not finished, those of a group differ in more than their seeds, or the
-            groups were trained on other data.
+            groups have other data sets or classes.
     """
     infos = [load_group(runs) for runs in groups]
     first, second = ((info[0]["dataset"], info[0]["class_names"]) for info in infos)

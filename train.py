@@ -53,7 +53,7 @@ def train(
         InputError: the configuration, the data or the run folder is wrong, and nothing was written;
             or the disk is full, and what was saved before is intact.
         DivergenceError: the loss or the weights are no longer finite; they were not saved.
-        StoppedError: a signal asked to end; the state is saved.
+        StoppedError: a signal asked to end; the state, if there is one, is saved.
     """
     check_config(config)
     if config.seeds > 1:
@@ -95,7 +95,7 @@ def with_classes(config: Config, data: Dataset | None = None) -> Config:
     """The configuration with the number of classes that its data has.
 
     Raises:
-        InputError: the data has no classes, or so many that the network is over the budget.
+        InputError: the classes cannot be found, or are so many that the network is over the budget.
     """
     class_names = data.class_names if data else class_names_of(config)
     config = replace(config, num_classes=len(class_names))

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -43,7 +43,7 @@ class SearchError(RuntimeError):
 
 
 class StoppedError(Exception):
-    """A signal ended the training early; the state is saved."""
+    """A signal ended the training early; the state, if there is one, is saved."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
@@ -62,12 +62,14 @@ def check_fields(instance: object) -> None:
     for name, hint in get_type_hints(type(instance), include_extras=True).items():
         value = getattr(instance, name)
         kind, *bounds = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-        kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
-        if get_origin(kind) is Literal and value not in get_args(kind):
-            raise InputError(f"{name}: {value!r} is not one of {', '.join(get_args(kind))}")
+        kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+        if value is None and NoneType in kinds:
+            continue
+        if get_origin(kinds[0]) is Literal and value not in get_args(kinds[0]):
+            raise InputError(f"{name}: {value!r} is not one of {', '.join(get_args(kinds[0]))}")
         if kind in (bool, str) and not isinstance(value, kind):
             raise InputError(f"{name}: {value!r} must be a {kind.__name__}")
-        if not bounds or (value is None and NoneType in kinds):
+        if not bounds:
             continue
         is_list = isinstance(value, tuple | list)
         if kinds == (tuple[int, ...],) and not is_list:

@@ -71,7 +71,7 @@ def checksum(tensors: dict[str, Tensor], texts: dict[str, str]) -> str:
 
 
 def check_metadata(metadata: dict[str, object]) -> None:
-    """Raise InputError, KeyError or TypeError if the metadata is incomplete or out of range."""
+    """Raise InputError, KeyError, TypeError or ValueError if metadata is missing or wrong."""
     if len(metadata["class_names"]) != metadata["architecture"]["num_classes"]:
         raise InputError("as many class_names as num_classes are needed")
     texts = *metadata["class_names"], metadata.get("dataset", ""), metadata.get("data_dir", "")
@@ -141,7 +141,7 @@ def find_checkpoint(path: Path) -> Path:
     none, those beside the scripts count.
 
     Raises:
-        InputError: the folder has none, or no run in it has finished an epoch.
+        InputError: the folder has none, or no run in it has saved its network yet.
     """
     places = [path]
     if not path.is_file():
@@ -168,7 +168,7 @@ def network_in(folder: Path) -> Path | None:
     """The network of the newest run in a folder, else the first released one, if there is one.
 
     Raises:
-        InputError: all that there is are runs that have not finished an epoch.
+        InputError: all that there is are runs that have not saved their network yet.
     """
     depths = ("", "*/", "*/*/")  # a run, a folder of runs, and of groups of them
 
@@ -184,9 +184,9 @@ def network_in(folder: Path) -> Path | None:
 
 
 def unfinished(run: Path) -> InputError:
-    """The error of a run without a network, which is written at the end of its first epoch."""
+    """The error of a run without a network, which is first written at the end of an epoch."""
     return InputError(
-        f"checkpoint: the run in {run.as_posix()} has not finished an epoch; go on with it by"
+        f"checkpoint: the run in {run.as_posix()} has saved no network yet; go on with it by"
         f" `python train.py --config {quoted(run / 'config.json')} --resume`, or name another"
     )
 

@@ -17,7 +17,7 @@ MAX_NAME = 24  # characters of a class name at the confusion matrix
 Log = list[dict[str, float | None]]  # the rows of a log.csv
 
 # Okabe & Ito's palette, for color-blind readers too (jfly.uni-koeln.de/color).
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
 
 
 def save(figure: Figure, path: str | Path) -> None:

@@ -50,7 +50,7 @@ from utils import (
     write_json,
 )
 
-# Everything in a run folder but wandb/. The state is named first, and is the last to be deleted.
+# Everything in a run folder but wandb/ and the lock. The state, named first, is deleted last.
 RUN_FILES = (
     *("last.pt", PREVIOUS, "config.json", "log.csv", "model.safetensors", "curves.png"),
     *("model_confusion.png", "model_calibration.png", "model_mistakes.png"),  # by test.py
@@ -156,7 +156,7 @@ class Run:
         Raises:
             InputError: the folder cannot be written or is in use, or the state does not fit.
             DivergenceError: the loss or the weights are no longer finite; they were not saved.
-            StoppedError: a signal asked to end; the state is saved.
+            StoppedError: a signal asked to end; the state, if there is one, is saved.
         """
         self.data, self.learner = data, learner
         parts = {"learner": learner, "proxy": proxy, "teacher": teacher, "start": start}
@@ -280,7 +280,7 @@ class Run:
             self._end_if_asked(number)
 
     def end_epoch(self, val: Score | None) -> None:
-        """Log the epoch, and save the state and the network.
+        """Log the epoch; save the state, the network and the log, unless it was done just before.
 
         Args:
             val: how the network does on the validation images, if there are any.
@@ -421,15 +421,15 @@ class Run:
             end_by_signal(number, f"after {self}, saved in {self.folder}; {remedy}")
 
     def stop_if_asked(self) -> None:
-        """Save and end if a signal asked to, between two batches of an evaluation.
+        """Save and end if a signal asked to, between two batches of an evaluation or a teacher.
 
         Only in a single process: several would have to agree, and wait for each other, every time.
 
         Raises:
-            StoppedError: the state is saved.
+            StoppedError: the state, if there is one, is saved.
         """
         if stop_signals.received and num_processes() == 1:
-            if self.step:  # otherwise the end of the last epoch is saved already
+            if self.step or 0 < self.epoch < self.config.epochs:  # the last epoch's end is saved
                 self._save()
             self._end_if_asked(stop_signals.received)
 

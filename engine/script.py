@@ -30,8 +30,9 @@ OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED", "bad_al
 def run_script(script: str | Callable[[list[str]], None]) -> None:
     """Call `main(arguments)` of the module `script`, or that function itself, and exit.
 
-    Exit status 2 for bad input, a missing library or an old Python; 1 for a training that diverged
-    or a search that failed; 128 plus the number of the signal for a stop (130 for Ctrl-C).
+    Exit status 2 for bad input, too little memory, a full disk, a missing library or an old Python;
+    1 for a training that diverged or a search that failed; 128 plus the number of the signal for a
+    stop (130 for Ctrl-C, 141 for a closed pipe).
     """
     if sys.version_info < OLDEST_PYTHON:
         this, needed = (".".join(map(str, v)) for v in (sys.version_info[:2], OLDEST_PYTHON))

@@ -18,7 +18,7 @@ class Start:
     """The network in `config.init`.
 
     Raises:
-        InputError: the file is no network, or has another architecture.
+        InputError: the file is no network, is that of this run, or has another architecture.
     """
 
     def __init__(self, config: Config) -> None:

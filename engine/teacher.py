@@ -57,7 +57,7 @@ class Teacher:
     def answers(self, epoch: int, after_batch: Callable[[], None]) -> Answers:
         """The targets of an epoch, as a function of views, (N, 3, 32, 32), and indices, (N,).
 
-        With `teacher_views` they are read from the files beside the data, or computed and written.
+        With `teacher_views` they are read from the files in `folder`, or computed and written.
 
         Args:
             after_batch: called after each batch that is computed; an exception of it ends that.

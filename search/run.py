@@ -82,7 +82,7 @@ def run_search(search: Search, preset: str, space: Space = SPACE) -> list[Row]:
     Raises:
         InputError: the search cannot be run; nothing was written.
         SearchError: the search cannot go on, or no trial succeeded.
-        StoppedError: a signal stopped the search; --resume goes on.
+        StoppedError: a signal stopped the search; --resume goes on if a trial had begun.
     """
     check_search(search)
     check_space(space)

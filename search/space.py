@@ -141,7 +141,7 @@ def with_defaults(search: Search, preset: str) -> Search:
     """The options, with the values that 0 and nothing stand for.
 
     Raises:
-        InputError: there are no class folders.
+        InputError: the class folders are wrong (engine/folders.py).
     """
     base = PRESETS[preset]
     same_data = search.dataset in (None, base.dataset)

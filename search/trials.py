@@ -1,7 +1,7 @@
 """The trials of a search and their folders.
 
-trial.json in a trial's folder is the only record of a trial that is read again; trials.csv is a
-table of these records, for people.
+trial.json in a trial's folder is its record. It is read again, and so is log.csv, for ASHA's
+comparisons; trials.csv is a table of the records, for people.
 """
 
 import contextlib

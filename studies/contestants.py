@@ -258,7 +258,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def main(args: list[str]) -> None:
-    """Measure one contestant and print {"rates": images/s of each row, "memory": peak bytes}."""
+    """Measure one contestant and print {"rates": images/s of each row, "memory": bytes}."""
     if len(args) != 1 or not args[0].startswith("{"):
         raise InputError("request: missing; run `python -m studies.benchmark`, which gives it")
     request = json.loads(args[0])

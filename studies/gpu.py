@@ -1,6 +1,6 @@
 """What a training step costs on a GPU: launched kernel by kernel, as a CUDA graph, and compiled.
 
-    python -m studies.gpu                 # all presets, within two and a half minutes
+    python -m studies.gpu                 # all but demo, within two and a half minutes
     python -m studies.gpu tpsnet best     # some of them
     python -m studies.gpu --check tpsnet  # does a graph learn what launched kernels learn?
 
@@ -151,7 +151,7 @@ def main(args: list[str]) -> None:
     """Measure or check the presets that the command line names.
 
     Raises:
-        InputError: there is no CUDA device.
+        InputError: there is no such preset, or no CUDA device.
     """
     # argparse, since machines with a GPU for a short time may lack tyro.
     parser = argparse.ArgumentParser("python -m studies.gpu", description=__doc__.split("\n\n")[0])

@@ -128,7 +128,7 @@ def print_row(label: str, times: list[list[float]]) -> None:
 
 
 def study() -> None:
-    """Measure and print both tables."""
+    """Measure and print the three tables."""
     if not HAS_AMX:
         raise InputError("machine: this CPU has no AMX; run it on one that has, as newer Xeons do")
     device = init_processes()

@@ -83,6 +83,11 @@ def test_a_bad_space_is_one_line(space, words):
         assert word in str(error.value)
 
 
+def test_an_unknown_data_set_is_one_line():
+    with pytest.raises(InputError, match=r"^dataset: 'mnist' is not one of cifar10, cifar100"):
+        run_search(Search(dataset="mnist"), "demo")
+
+
 def test_a_damaged_search_json_or_another_space_is_refused():
     path = Path("checkpoints/found/search.json")
     stored = {"preset": "demo", "space": repr(SPACE), **asdict(Search(name="found", num_samples=9))}

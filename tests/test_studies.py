@@ -1,14 +1,20 @@
 """The studies that ran once: their configurations are valid, and their records can be read."""
 
+from dataclasses import replace
+
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, TINY
 
 import utils
 from config import check_config
+from data import load_dataset, train_batches
+from learner import Learner
 from studies import ablation, figures, levers
 from studies.best import run as best
 from studies.teacher import run as teacher
 
+CPU = torch.device("cpu")
 STUDIES = {  # configurations, CSV, its column, and the changes in it that have no code any more
     "ablation": (ablation.CHANGES, ablation.configuration, "ablation.csv", "change", set()),
     "best": (best.CHANGES, best.configuration, "best/best.csv", "change", {"zero-gamma"}),
@@ -55,6 +61,23 @@ def test_figures_are_drawn_from_the_records(tmp_path):
     figures.main([])
     drawn = {path.name for path in (tmp_path / "images").iterdir()}
     assert {"architecture.png", "benchmark.png", "fast.png", "tpsnet.png", "family.png"} <= drawn
+
+
+def test_a_learner_of_logits_differs_in_its_loss_alone():
+    config = replace(TINY, schedule="linear", warmup_epochs=1)
+    data = load_dataset(config)
+    images, labels, n = next(train_batches(data, config, 1))
+    logits = torch.randn(n, 10)
+    one, other = (kind(config, data, CPU) for kind in (Learner, teacher.LogitLearner))
+    expected = ((one.forward(images) - logits) ** 2).sum() / 2
+    loss, _ = other.step(images, logits, n)
+    one.step(images, labels, n)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert (other.steps, other.lr) == (one.steps, one.lr)
+    rates = [
+        group["lr"] for learner in (one, other) for group in learner.optimizers[0].param_groups
+    ]
+    assert len(set(rates)) == 1
 
 
 @pytest.mark.parametrize("stage", teacher.ARMS)

@@ -1,7 +1,9 @@
 """A network taught by another one: its targets, the answers that are kept, resuming."""
 
 import functools
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +14,10 @@ from torch.nn import functional as F
 
 from config import check_config
 from data import augmented, load_dataset, train_batches
-from engine.checkpoint import load_model, save_model
+from engine.checkpoint import load_model, read_state, save_model
 from engine.teacher import Teacher
 from train import train as train_on
-from utils import CHECKPOINTS, InputError
+from utils import CHECKPOINTS, InputError, StoppedError
 
 CPU = torch.device("cpu")
 VIEWED = replace(
@@ -159,6 +161,16 @@ def test_a_stopped_run_goes_on_to_the_bit_also_without_kept_answers(views):
     shutil.rmtree("data", ignore_errors=True)
     train(replace(config, resume=True))
     assert same(weights("student"), weights("whole"))
+
+
+def test_an_epoch_that_ended_is_kept_when_a_signal_ends_the_answers_for_the_next_one():
+    with pytest.raises(StoppedError, match="after epoch 1, saved in"):
+        train(
+            replace(VIEWED, teacher_views=3),
+            report=lambda log: os.kill(os.getpid(), signal.SIGTERM),
+        )
+    state = read_state(Path("checkpoints/student/last.pt"))
+    assert (len(state["metrics"]["log"]), state["metrics"]["step"]) == (1, 0)
 
 
 def test_taught_by_itself_a_network_has_no_gradient_but_of_weight_decay(digits):

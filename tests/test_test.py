@@ -342,11 +342,11 @@ def test_default_and_names_are_also_found_beside_the_scripts(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["try", "checkpoints", "checkpoints/try/model.safetensors"])
-def test_run_without_a_whole_epoch_is_not_tested(name, monkeypatch, capsys):
+def test_run_that_has_saved_no_network_is_not_tested(name, monkeypatch, capsys):
     make("checkpoints/try/last.pt", "checkpoints/try/config.json")
     assert run_main("test", name, monkeypatch=monkeypatch) == 2
     assert capsys.readouterr().err == (
-        "error: checkpoint: the run in checkpoints/try has not finished an epoch; go on with it by"
+        "error: checkpoint: the run in checkpoints/try has saved no network yet; go on with it by"
         " `python train.py --config checkpoints/try/config.json --resume`, or name another\n"
     )
     make("checkpoints/fast.safetensors")

@@ -5,8 +5,8 @@
 Every number has a 95% interval, by bootstrap over the trials, and the number of trials. Under a
 budget the choices depend on each other (wide networks are shallow), so a correlation with accuracy
 does not show a cause. Networks with only 1x1 convolutions, which see neighboring pixels only in the
-stem and the shortcuts, are far less accurate: they answer one question and are left out of the
-others.
+stem and the shortcuts, are far less accurate: they are left out, except where the question is about
+them, about all networks, or about longer trainings.
 """
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
     python -m studies.teacher.run less   # 6 more: less Cutout, none, and less weight decay
     python -m studies.teacher.run views  # 6: 10 views, 40, and new ones in every epoch
 
-Question: which loss, how much regularization and how many views give `tiny` ([3, 3, 3] blocks of
-16, 32 and 64 channels) the highest validation accuracy in 60 epochs, taught by `best`? The teacher
+Question: which loss, how much regularization and how many views give the shape of `best`, at a
+quarter of its width (16, 32 and 64 channels), the highest validation accuracy in 60 epochs, taught
+by `best`? The teacher
 has seen all training images, also those that are set aside here, so the arms can be compared with
 each other only. 45,000 images to train on, 5,000 for validation, no test image is read, two seeds.
 Finished runs are not repeated, and a run that is cut off goes on.
@@ -71,11 +72,11 @@ class Logits(Teacher):
 class LogitLearner(Learner):
     """A learner of logits, whose loss is half the squared distance from them."""
 
-    def step(self, images: Tensor, targets: Tensor, n: int) -> Tensor:
+    def _learn(self, images: Tensor, targets: Tensor, n: int) -> tuple[Tensor]:
         logits = self.forward(images)
         loss = F.mse_loss(logits, targets, reduction="sum") / 2
-        self.update(loss * distributed.num_processes() / n)
-        return torch.stack([loss.detach(), (logits.argmax(1) == targets.argmax(1)).sum()])
+        self.update(loss / n)
+        return (torch.stack([loss.detach(), (logits.argmax(1) == targets.argmax(1)).sum()]),)
 
 
 LABELS = {"teacher": "", "teacher_views": 0, "label_smoothing": 0.1}
