@@ -84,6 +84,8 @@ def predict(
     check_integer("batch_size", batch_size, 1, 100_000)
     check_output("json", json)
     check_output("csv", csv)
+    if csv and Path(csv).absolute() == Path(json).absolute():
+        raise InputError(f"csv: {csv} is the file of --json too; name another")
     files = find_pictures(images)
     path = find_checkpoint(checkpoint)
     model, info = load_model(path)
@@ -225,9 +227,11 @@ def find_pictures(arguments: tuple[str, ...]) -> list[str]:
                 found = sorted(glob.glob(argument, recursive=True))  # noqa: PTH207 (absolute ones)
             if not found:
                 raise InputError(f"images: {argument!r} does not exist, and matches no file")
+            names = []
             for path in map(Path, found):
                 name = str(path) if str(path) != "-" else os.path.join(".", "-")  # noqa: PTH118
-                files += pictures_in(path) if path.is_dir() else [name]
+                names += pictures_in(path) if path.is_dir() else [name]
+            files += dict.fromkeys(names)  # `**` matches a folder, and again what is in it
     return files
 
 

@@ -169,11 +169,26 @@ def atomic_path(path: str | Path, keep: Path | None = None) -> Iterator[Path]:
 
 
 def check_output(name: str, path: str) -> None:
-    """Raise InputError if `path` is a folder, link, pipe or device; an empty path is allowed."""
-    if path and Path(path).is_dir():
+    """Raise InputError unless the option `name` can write the file `path`; it may be empty.
+
+    What it replaces must be of its kind: to `predict.py --csv *.jpg` the first picture is the file.
+    """
+    if not path:
+        return
+    file = Path(path)
+    if file.is_dir():
         raise InputError(f"{name}: {path} is a folder; name a file")
-    if path and (Path(path).is_symlink() or (Path(path).exists() and not Path(path).is_file())):
+    if file.is_symlink() or (file.exists() and not file.is_file()):
         raise InputError(f"{name}: {path} is a link, pipe or device; name a file")
+    if file.exists() and file.suffix.lower() != f".{name}":
+        raise InputError(
+            f"{name}: {path} is there, and no .{name} file; name another, or remove it"
+        )
+    folder = next(folder for folder in file.absolute().parents if os.path.exists(folder))  # noqa: PTH110
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(
+            f"{name}: {folder} is no folder that can be written to; name a file elsewhere"
+        )
 
 
 def flush_to_disk(path: Path) -> None:

@@ -90,10 +90,16 @@ def folders_in(folder: Path) -> list[str]:
     """The sorted names of the folders in `folder`, but for hidden ones.
 
     Raises:
-        InputError: it is missing, is a file, or cannot be read.
+        InputError: it is missing, is a file, cannot be read, or holds a link to nothing.
     """
     try:
-        return sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
+        paths = [path for path in folder.iterdir() if path.name[0] != "."]
+        for path in paths:
+            if path.is_symlink() and not path.exists():  # it may be a class
+                raise InputError(
+                    f"data_dir: {path} is a link to nothing; restore what it leads to, or remove it"
+                )
+        return sorted(path.name for path in paths if path.is_dir())
     except FileNotFoundError:
         problem = "does not exist"
     except NotADirectoryError:

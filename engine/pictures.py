@@ -11,12 +11,29 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 
-from utils import IMAGE_SIZE, first_line
+from utils import IMAGE_SIZE, first_line, warn
 
 MAX_READERS = 4  # pictures decoded at once: each can take a gigabyte
+# What turns a picture upright, by its EXIF orientation. Pillow's exif_transpose also writes the
+# other tags again, and fails at those that break the standard.
+UPRIGHT = dict(
+    zip(
+        range(2, 9),
+        (
+            Image.Transpose.FLIP_LEFT_RIGHT,
+            Image.Transpose.ROTATE_180,
+            Image.Transpose.FLIP_TOP_BOTTOM,
+            Image.Transpose.TRANSPOSE,
+            Image.Transpose.ROTATE_270,
+            Image.Transpose.TRANSVERSE,
+            Image.Transpose.ROTATE_90,
+        ),
+        strict=True,
+    )
+)
 HEIC_SUFFIXES = {".heic", ".heif"}
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 
@@ -40,10 +57,14 @@ def files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
         above: folders that are being listed, to which a link may lead back.
     """
     above = (*above, folder.resolve())
-    for path in folder.iterdir():
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
+    try:
+        paths = [path for path in folder.iterdir() if not path.name.startswith(".")]
+        folders = {path for path in paths if path.is_dir()}
+    except OSError as error:
+        warn(f"{folder}: cannot be read ({error.strerror}); left out")
+        return
+    for path in paths:
+        if path in folders:
             if path.resolve() not in above:
                 yield from files_below(path, above)
         elif path.is_file() or not path.exists():  # neither a pipe nor a device
@@ -132,7 +153,8 @@ def to_rgb(file: Image.Image) -> Image.Image:
     """Convert the first frame to 8-bit RGB: upright by its EXIF, alpha over white, 16 bits to 8."""
     if file.format == "PNG" and "transparency" in file.info:
         scale_transparent_color(file)
-    image = ImageOps.exif_transpose(file)
+    turn = UPRIGHT.get(file.getexif().get(ExifTags.Base.Orientation))
+    image = file.copy() if turn is None else file.transpose(turn)
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers; save it with 8 bits")
     if image.mode.startswith("I"):  # gray of more than 8 bits, which `convert` would cut off at 255

@@ -20,7 +20,15 @@ from tqdm import tqdm
 from config import Config, Data, view_of
 from data import EVAL_BATCH, Answers, Dataset, augmented
 from engine.checkpoint import checksum, load_model
-from engine.distributed import all_reduce_sum, is_main, make_autocast, num_processes, rank
+from engine.distributed import (
+    all_reduce_max,
+    all_reduce_sum,
+    is_main,
+    local_rank,
+    make_autocast,
+    num_processes,
+    rank,
+)
 from learner import memory_format
 from utils import CHECKPOINTS, InputError, atomic_path, part_of, warn, write_json
 
@@ -32,13 +40,21 @@ class Teacher:
     """The network in `config.teacher`, and the answers of it that are kept.
 
     Raises:
-        InputError: the file is no network, or has other classes, normalization or data.
+        InputError: the file is no network, is that of this run, or has other classes, normalization
+            or data.
     """
 
     def __init__(self, config: Config, data: Dataset, device: torch.device) -> None:
         self.config, self.data, self.device = config, data, device
         path = Path(config.teacher)
-        self.model, info = load_model(path)
+        try:
+            self.model, info = load_model(path)
+        except InputError as error:
+            raise InputError(f"teacher: {str(error).removeprefix('checkpoint: ')}") from None
+        if path.resolve().parent == (CHECKPOINTS / config.name).resolve():
+            raise InputError(
+                f"teacher: {path} is the network of this run itself; give another --name"
+            )
         for name, ours in (
             ("dataset", data.name),
             ("class_names", list(data.class_names)),
@@ -81,12 +97,15 @@ class Teacher:
         """The logits of a view of every training image, (N, C) float16."""
         path = self.folder / f"{view:04d}.safetensors"
         logits = read_answers(path)
-        if logits is not None and logits.shape == (len(self.data.train), self.config.num_classes):
+        shape = (len(self.data.train), self.config.num_classes)
+        whole = logits is not None and logits.shape == shape
+        (is_lacking,) = all_reduce_max(not whole)  # on one of several machines, perhaps
+        if not is_lacking:
             return logits
-        if path.exists():
+        if not whole and path.exists():
             warn(f"{path} is damaged; computing its answers again")
         logits = self.compute(view, after_batch)
-        if is_main():
+        if local_rank() == 0:
             write_json(self.folder / "views.json", self.described)
             write_answers(path, logits)
         return logits

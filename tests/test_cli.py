@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -333,13 +334,33 @@ def test_bad_value_given_in_python(field, value):
     assert repr(value) in str(error.value)
 
 
-@pytest.mark.parametrize("kind", ["pipe", "link", "folder"])
-def test_output_that_must_not_be_replaced(kind):
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [
+        ("pipe", "is a link, pipe or device"),
+        ("link", "is a link, pipe or device"),
+        ("folder", "is a folder"),
+        ("photo.jpg", "is there, and no .json file; name another"),
+        ("photo.jpg/new.json", "photo.jpg is no folder that can be written to"),
+        ("nothing/yet/new.json", ""),
+        ("old.JSON", ""),
+        ("", ""),
+    ],
+)
+def test_output_that_cannot_be_written_or_must_not_be_replaced(path, problem):
     os.mkfifo("pipe")
     Path("link").symlink_to("other")
     Path("folder").mkdir()
-    with pytest.raises(InputError, match=f"json: {kind} is a .*; name a file"):
-        utils.check_output("json", kind)
+    for name in ("photo.jpg", "old.JSON"):
+        Path(name).touch()
+    with pytest.raises(InputError, match=f"^json: .*{problem}") if problem else nullcontext():
+        utils.check_output("json", path)
+
+
+def test_two_outputs_are_two_files(monkeypatch, capsys):
+    args = ("photo.jpg", "--json", "out", "--csv", "./out")
+    assert run_main("predict", *args, monkeypatch=monkeypatch) == 2
+    assert capsys.readouterr().err == "error: csv: ./out is the file of --json too; name another\n"
 
 
 # ---------------------------------------------------------------- what is understood

@@ -144,6 +144,17 @@ def test_damaged_answers_are_computed_again(capsys):
     assert same(weights("student"), weights("again"))
 
 
+def test_answers_that_another_machine_lacks_are_computed_by_all(digits, monkeypatch):
+    """Or some processes would wait for sums to which the others add nothing."""
+    teacher = Teacher(replace(VIEWED, teacher_views=1), digits, CPU)
+    here = teacher.kept(1, nothing)
+    monkeypatch.setattr("engine.teacher.all_reduce_max", lambda value: [1])
+    batches = []
+    there = teacher.kept(1, lambda: batches.append(1))
+    assert batches
+    assert torch.equal(there, here)
+
+
 @pytest.mark.parametrize("views", [0, 2])
 def test_a_stopped_run_goes_on_to_the_bit_also_without_kept_answers(views):
     config = replace(VIEWED, teacher_views=views, save_minutes=0.0)
@@ -206,6 +217,23 @@ def test_teacher_of_other_data_is_refused(name, value):
     with pytest.raises(InputError, match=f"teacher: teacher.safetensors .* another {name} "):
         train(VIEWED)
     assert not Path("checkpoints/student").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [
+        ("nothing.safetensors", "nothing.safetensors does not exist"),
+        (
+            "checkpoints/student/model.safetensors",
+            "is the network of this run itself; give another",
+        ),
+    ],
+)
+def test_teacher_that_is_missing_or_would_be_deleted_is_refused(path, problem):
+    Path("checkpoints/student").mkdir(parents=True)
+    shutil.copy("teacher.safetensors", "checkpoints/student/model.safetensors")
+    with pytest.raises(InputError, match=f"^teacher: .*{problem}"):
+        train(replace(VIEWED, teacher=path, overwrite=True))
 
 
 def test_another_teacher_cannot_go_on():
