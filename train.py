@@ -120,6 +120,8 @@ def train_seeds(config: Config) -> list[Score]:
         configs.append(replace(config, name=f"{config.name}-{seed}", seed=seed, seeds=1))
         check_config(configs[-1])
         Run(configs[-1])  # what is wrong is reported now, not hours later
+        if config.init:
+            Start(configs[-1])
     scores, val = [], []
     with stop_signals:
         for one in configs:

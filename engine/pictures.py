@@ -34,7 +34,7 @@ UPRIGHT = dict(
         strict=True,
     )
 )
-HEIC_SUFFIXES = {".heic", ".heif"}
+HEIC_SUFFIXES = {".heic", ".heif", ".hif"}
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 
 
@@ -118,11 +118,12 @@ def read_picture(stream: io.BufferedIOBase, resize: str = "crop") -> Tensor:
     Raises:
         ValueError: it is empty, or of a kind that is not read; Pillow raises other errors.
     """
-    start = stream.read(12)
+    start = stream.read(40)
     stream.seek(0)
     if not start:
         raise ValueError("it is empty")
-    is_heic = start[4:8] == b"ftyp" and start[8:12] in HEIC_BRANDS
+    # mif1 and msf1 are also the first brand of some AVIF files, which name avif behind it.
+    is_heic = start[4:8] == b"ftyp" and start[8:12] in HEIC_BRANDS and b"avif" not in start
     if is_heic and not heic_support():
         raise ValueError("HEIC needs `pip install pillow-heif`")
     return shrink(to_rgb(Image.open(stream, formats=readable_formats())), resize)

@@ -18,7 +18,8 @@ class Start:
     """The network in `config.init`.
 
     Raises:
-        InputError: the file is no network, is that of this run, or has another architecture.
+        InputError: the file is no network, is that of this run, or has another architecture; or a
+            folder of several is named.
     """
 
     def __init__(self, config: Config) -> None:
@@ -34,6 +35,12 @@ class Start:
         if self.path.resolve().parent == (CHECKPOINTS / config.name).resolve():
             raise InputError(
                 f"init: {config.init} is the network of this run itself; give another --name"
+            )
+        named, found = Path(config.init), (self.path.parent.name, self.path.name, self.path.stem)
+        if not named.is_file() and named.name not in found:
+            raise InputError(  # the newest of them is another one tomorrow
+                f"init: {config.init} is a folder of several networks; name one of them, such as"
+                f" {self.path.as_posix()}"
             )
         self.sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
         theirs, ours = (comparable(a) for a in (self.model.architecture, config))

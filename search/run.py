@@ -3,6 +3,7 @@
 import signal
 import time
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import asdict, fields, replace
 
 import utils
@@ -35,7 +36,8 @@ def main(args: list[str], space: Space = SPACE) -> None:
         " those of the preset.",
     )
     if search.resume:
-        given, (preset, search) = preset, load_search(search, space)
+        named = {arg.partition("=")[0].lstrip("-").replace("-", "_") for arg in args}
+        given, (preset, search) = preset, load_search(search, space, named)
         if given not in (None, preset):
             raise InputError(
                 f"preset: {given}, but the search {search.name} was started with {preset}; leave it"
@@ -44,8 +46,13 @@ def main(args: list[str], space: Space = SPACE) -> None:
     run_search(search, preset or "tpsnet", space)
 
 
-def load_search(search: Search, space: Space = SPACE) -> tuple[str, Search]:
+def load_search(
+    search: Search, space: Space = SPACE, named: Collection[str] = ()
+) -> tuple[str, Search]:
     """Read the preset and the options of the search to resume; only its address may be new.
+
+    Args:
+        named: options that were given; those that have another value than by default were, too.
 
     Raises:
         InputError: there is no such search, or an option or the space differs.
@@ -68,7 +75,8 @@ def load_search(search: Search, space: Space = SPACE) -> tuple[str, Search]:
     new = {"resume": search.resume, "address": search.address}
     for option in fields(Search):
         given, old = getattr(search, option.name), getattr(stored, option.name)
-        if option.name not in new and given not in (option.default, old):
+        is_given = option.name in named or given != option.default
+        if option.name not in new and is_given and given != old:
             raise InputError(
                 f"{option.name}: {given!r}, but the search {search.resume} was started with"
                 f" {old!r}; leave the option out"

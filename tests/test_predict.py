@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import command, run_main
-from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, features
 
 import predict
 from data import Normalize
@@ -238,6 +238,17 @@ def test_heic_is_read_where_its_library_is():
     file = io.BytesIO()
     pillow_heif.from_pillow(Image.fromarray(PHOTO)).save(file, quality=100)
     file.seek(0)
+    assert close(read_picture(file).int(), expected(PHOTO), 8)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
+def test_avif_whose_first_brand_is_that_of_heif_is_read():
+    file = io.BytesIO()
+    Image.fromarray(PHOTO).save(file, "AVIF", quality=100)
+    content = file.getvalue()
+    assert content[8:12] == b"avif"
+    assert b"avif" in content[12:40]
+    file = io.BytesIO(content[:8] + b"mif1" + content[12:])
     assert close(read_picture(file).int(), expected(PHOTO), 8)
 
 

@@ -864,10 +864,19 @@ def test_a_run_from_weights_resumes_to_the_bit_but_not_from_others(source, tiny)
         ),
         ({"init": "nothing"}, "^init: nothing does not exist"),
         ({"name": "source", "overwrite": True}, "^init: .* is the network of this run itself;"),
+        ({"init": "checkpoints"}, "^init: checkpoints is a folder of several networks; name one"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(source, tiny, changes, words):
     before = files()
     with pytest.raises(InputError, match=words):
         train(replace(tiny, **{"init": str(source[0])} | changes))
+    assert files() == before
+
+
+def test_weights_that_do_not_fit_one_seed_are_refused_before_the_first_is_trained(tiny, trained):
+    shutil.copytree(trained, "checkpoints/tiny-1")
+    before = files()
+    with pytest.raises(InputError, match=r"^init: tiny-1 is the network of this run itself;"):
+        train_seeds(replace(tiny, seeds=2, init="tiny-1", overwrite=True))
     assert files() == before

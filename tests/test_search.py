@@ -95,6 +95,8 @@ def test_a_damaged_search_json_or_another_space_is_refused():
     whole = path.read_bytes()
     shutil.copytree("checkpoints/found", "checkpoints/copy")
     assert load_search(Search(resume="copy"))[1].name == "copy"
+    with pytest.raises(InputError, match=r"^num_samples: 200, but the search copy was .* with 9;"):
+        main("--resume copy --num-samples 200".split())
     for content in (whole.replace(b": 9,", b": 8,"), b"[" * 100_000, b"[]", b""):
         path.write_bytes(content)
         with pytest.raises(InputError, match="resume: no search in checkpoints/found"):
