@@ -47,6 +47,7 @@ from utils import (
     atomic_path,
     check_integer,
     check_number,
+    check_writable,
     first_line,
     printable,
     quoted,
@@ -255,6 +256,7 @@ def check_folder(out: Path, formats: list[str]) -> None:
     """Raise InputError if files cannot go to `out`, or a page of somebody else's is there."""
     if out.exists() and not out.is_dir():
         raise InputError(f"out: {out} is a file; name a folder")
+    check_writable("out", out)
     page = out / "index.html"
     if "page" in formats and page.exists() and not (out / "network.json").exists():
         raise InputError(f"out: {page} is another page; name another folder, or move it away")

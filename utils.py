@@ -184,11 +184,15 @@ def check_output(name: str, path: str) -> None:
         raise InputError(
             f"{name}: {path} is there, and no .{name} file; name another, or remove it"
         )
-    folder = next(folder for folder in file.absolute().parents if os.path.exists(folder))  # noqa: PTH110
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(
-            f"{name}: {folder} is no folder that can be written to; name a file elsewhere"
-        )
+    check_writable(name, file.parent)
+
+
+def check_writable(name: str, folder: Path) -> None:
+    """Raise InputError unless files can be written into `folder`, which may not be there yet."""
+    path = folder.absolute()
+    there = next(place for place in (path, *path.parents) if os.path.exists(place))  # noqa: PTH110
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{name}: {there} is no folder that can be written to; name another place")
 
 
 def flush_to_disk(path: Path) -> None:

@@ -30,7 +30,7 @@ from engine.distributed import (
     rank,
 )
 from learner import memory_format
-from utils import CHECKPOINTS, InputError, atomic_path, part_of, warn, write_json
+from utils import CHECKPOINTS, InputError, atomic_path, check_writable, part_of, warn, write_json
 
 # The constants that do not change the views; all others of `Data` are part of the answers' name.
 NOT_OF_VIEWS = {"small_fraction", "small_size", "small_images", "mixing"}
@@ -104,6 +104,8 @@ class Teacher:
             return logits
         if not whole and path.exists():
             warn(f"{path} is damaged; computing its answers again")
+        if local_rank() == 0:
+            check_writable("data_dir", self.folder)  # before hours of work
         logits = self.compute(view, after_batch)
         if local_rank() == 0:
             write_json(self.folder / "views.json", self.described)

@@ -263,6 +263,7 @@ def test_page_of_somebody_else_stays(monkeypatch, capsys):
         (["--limit", "-1"], "limit: -1 must be an integer of at least 0"),
         (["--max-drop", "nan"], "max_drop: nan must be a number from 0 to 100"),
         (["--out", "taken"], "out: taken is a file; name a folder"),
+        (["--out", "taken/app"], "taken is no folder that can be written to"),
         (["--examples", "11", "--format", "page"], "examples: 11 must be an integer from 0 to 10"),
         (["--examples", "-1", "--format", "page"], "examples: -1 must be an integer from 0 to 10"),
         (["--examples", "3"], "examples: 3, but no page is asked for; add --format page"),

@@ -236,6 +236,13 @@ def test_teacher_that_is_missing_or_would_be_deleted_is_refused(path, problem):
         train(replace(VIEWED, teacher=path, overwrite=True))
 
 
+def test_answers_that_cannot_be_written_are_not_computed(digits, monkeypatch):
+    monkeypatch.setattr(Teacher, "compute", None)
+    Path("data").touch()
+    with pytest.raises(InputError, match=r"^data_dir: .*data is no folder that can be written to"):
+        Teacher(replace(VIEWED, teacher_views=1), digits, CPU).kept(1, nothing)
+
+
 def test_another_teacher_cannot_go_on():
     train(replace(VIEWED, epochs=1))
     rewritten(seed=1)
