@@ -40,6 +40,14 @@ def test_augment_is_torchvisions_crop_rotate_flip(images, rotation, padding, mod
         assert differing == 0
 
 
+@pytest.mark.parametrize("mode", ["zeros", "reflect"])
+def test_batches_are_padded_as_asked(images, mode):
+    config = Config(padding_mode=mode, rotation_degrees=0.0)
+    shift, _, flip, _ = draws = draw(config, torch.arange(len(images)), epoch=1)
+    expected = augment(images, shift, None, flip, mode) / 255
+    assert torch.equal(apply(config, images, draws, lambda x: x), expected)
+
+
 def test_cutout_is_torchvisions_erase(images):
     normal = images.float() + 1
     corners = draw(Config(cutout_size=10), torch.arange(len(images)), epoch=1)[3]
@@ -119,13 +127,14 @@ def test_auto_augment_changes_each_image_by_its_own_draw(images):
     assert not torch.equal(together, images)
 
 
-def test_pairs_are_drawn_evenly_and_anew_in_each_epoch():
+def test_pairs_are_drawn_evenly_and_anew_in_each_epoch_and_seed():
     pair, *others = augment_script.draw_pairs(100_000, seed=0, epoch=1)
     assert (pair.bincount(minlength=25) - 4000).abs().max() < 320  # 5 deviations
     for values in others:
         assert (values.mean(dim=0) - 0.5).abs().max() < 0.01
         assert torch.cov(values.T)[0, 1].abs() < 0.002
-    assert not torch.equal(augment_script.draw_pairs(100_000, seed=0, epoch=2)[0], pair)
+    for seed, epoch in ((0, 2), (1, 1)):
+        assert not torch.equal(augment_script.draw_pairs(100_000, seed, epoch)[0], pair)
 
 
 @pytest.mark.parametrize("level", range(31))
@@ -150,12 +159,13 @@ def test_trivial_augment_is_torchvisions_on_each_image(level, monkeypatch):
         assert torch.equal(changed[i], transform(images[i])), name
 
 
-def test_trivial_augment_is_drawn_evenly_and_anew_in_each_epoch():
+def test_trivial_augment_is_drawn_evenly_and_anew_in_each_epoch_and_seed():
     operation, level, side = augment_script.draw_trivial(140_000, seed=0, epoch=1)
     assert (operation.bincount(minlength=14) - 10_000).abs().max() < 500
     assert (level.bincount(minlength=31) - 140_000 / 31).abs().max() < 350
     assert abs(side.mean() - 0.5) < 0.01
-    assert not torch.equal(augment_script.draw_trivial(140_000, seed=0, epoch=2)[0], operation)
+    for seed, epoch in ((0, 2), (1, 1)):
+        assert not torch.equal(augment_script.draw_trivial(140_000, seed, epoch)[0], operation)
 
 
 # ---------------------------------------------------------------- mixing

@@ -504,13 +504,34 @@ def labeled_by_position(num_images):
     return data.Dataset("toy", ("a",), (0, 0, 0), (1 / 255,) * 3, split, split[:0], split, "")
 
 
-def test_batches_hold_what_auto_augment_made_of_the_whole_epochs_images():
-    toy, config = labeled_by_position(50), replace(IMAGES, auto_augment=True, seed=5, batch_size=40)
+@pytest.mark.parametrize(
+    ("policy", "drawn"),
+    [("auto_augment", augment.draw_pairs), ("trivial_augment", augment.draw_trivial)],
+)
+def test_batches_hold_what_the_policy_made_of_the_whole_epochs_images(policy, drawn):
+    toy, config = labeled_by_position(50), replace(IMAGES, seed=5, batch_size=40, **{policy: True})
     for epoch in (1, 2):
-        changed = augment.auto_augment(toy.train.images, *augment.draw_pairs(50, 5, epoch))
+        changed = getattr(augment, policy)(toy.train.images, *drawn(50, 5, epoch))
         assert not torch.equal(changed, toy.train.images)
         for images, targets, _ in train_batches(toy, config, epoch):
             assert torch.equal(images, toy.normalize(changed[targets.argmax(1)] / 255))
+
+
+def test_alternating_flips_of_the_batches_show_every_image_both_ways():
+    """Of images whose left half alone is white."""
+    toy, flipped = labeled_by_position(100), []
+    white_left = torch.zeros(100, 3, 32, 32, dtype=torch.uint8)
+    white_left[..., :16] = 255
+    toy = replace(toy, train=replace(toy.train, images=white_left))
+    for epoch in (1, 2, 3):
+        by_image = torch.zeros(100, dtype=torch.bool)
+        config = replace(IMAGES, flip="alternating", batch_size=40)
+        for images, targets, _ in train_batches(toy, config, epoch):
+            by_image[targets.argmax(1)] = images[:, 0, 0, 0] == 0
+        flipped.append(by_image)
+    assert 20 < flipped[0].sum() < 80
+    assert torch.equal(flipped[1], ~flipped[0])
+    assert torch.equal(flipped[2], flipped[0])
 
 
 def test_an_epoch_visits_every_image_once_in_an_order_of_its_own():
@@ -548,6 +569,20 @@ def test_targets_are_the_smoothed_labels():
     expected = torch.full((10, 10), 0.02)
     expected[range(10), images[:, 0, 0, 0].round().long()] = 0.82
     torch.testing.assert_close(targets, expected)
+
+
+@pytest.mark.parametrize("size", [32, 24])
+def test_targets_of_mixed_batches_tell_how_much_of_each_image_is_seen(size):
+    """Of images that show their own number: the mean pixel is the target's mean number."""
+    toy, numbers, mixed = labeled_by_position(100), torch.arange(100.0), []
+    config = replace(IMAGES, mixing=1.0, label_smoothing=0.1, batch_size=10)
+    config = replace(config, small_fraction=1.0, small_size=size)
+    for images, targets, _ in train_batches(toy, config, 1):
+        assert images.shape[-1] == size
+        shares = (targets - 0.1 / 100) / 0.9
+        torch.testing.assert_close(images.mean((1, 2, 3)), shares @ numbers, atol=0.01, rtol=1e-4)
+        mixed.append((targets > 0.01).sum(1) == 2)
+    assert torch.cat(mixed).float().mean() > 0.3
 
 
 def test_rehearsal_ends_after_so_many_steps():

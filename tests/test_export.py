@@ -21,7 +21,7 @@ import predict
 from config import Config
 from data import Normalize, Split, load_dataset, make_dataset
 from engine.checkpoint import load_model, save_model
-from engine.evaluate import classify
+from engine.evaluate import classify, evaluate
 from engine.pictures import read_picture
 from utils import InputError
 
@@ -167,6 +167,46 @@ def test_calibration_takes_a_folder_with_a_class_of_one_training_image():
     split = Split(images, torch.tensor([1] + [0] * 519))
     folder = make_dataset("folder", split, facts=("ab", (0.5,) * 3, (0.5,) * 3))
     assert len(export.choose_calibration(folder)) == export.CALIBRATION_IMAGES
+
+
+@pytest.fixture
+def same_threads():
+    """Timing sets PyTorch's number of threads."""
+    number = torch.get_num_threads()
+    yield
+    torch.set_num_threads(number)
+
+
+@pytest.mark.usefixtures("same_threads")
+def test_network_is_exported_with_its_normalization_and_calibrated_on_training_images(
+    demo, monkeypatch
+):
+    """Without the libraries: the network stands for the file that would be made of it."""
+    made = []
+    monkeypatch.setattr(export, "make", lambda *args: made.append(args) or b"")
+    monkeypatch.setattr(export, "open_onnx", lambda content, threads: made[-1][1])
+    monkeypatch.setattr(export, "latency", lambda *_: 0.0)
+    monkeypatch.setattr(export, "check_libraries", list)
+    model, info = load_model(demo[0] / "model.safetensors")
+    del info["architecture"]
+    mean, std = [0.9, 0.1, 0.2], [9.0, 1.0, 0.05]
+    save_model("other.safetensors", model, info | {"mean": mean, "std": std})
+    path, normalize = Path("other.safetensors"), Normalize(mean, std)
+    verdicts = export.export(path, format=("onnx-int8",), out=Path("app"))
+    ((_, network, calibration, _),) = made
+    data = load_dataset(Config(dataset="digits"))
+    images = data.test.images[:9] / 255
+    torch.testing.assert_close(network(images), model(normalize(images)))
+    train, test, used = (
+        {image.numpy().tobytes() for image in pixels}
+        for pixels in (data.train.images / 255, data.test.images / 255, calibration)
+    )
+    assert len(calibration) == export.CALIBRATION_IMAGES
+    assert used <= train
+    assert not used & (test - train)
+    accuracy = evaluate(model, data.test, normalize).accuracy
+    assert [one.accuracy for one in verdicts] == pytest.approx([accuracy] * 2)
+    assert [one.agreement for one in verdicts] == [100, 100]
 
 
 @needs_onnx

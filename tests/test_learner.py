@@ -74,6 +74,32 @@ def test_schedules():
     warm = learning_rates(Config(warmup_epochs=3, epochs=303))
     assert warm[:6] == pytest.approx([0.01 * step / 6 for step in range(1, 7)])
     assert warm[6:] == pytest.approx(rates)
+    line = learning_rates(Config(lr=1.0, schedule="linear", warmup_epochs=2, epochs=4))
+    assert line == pytest.approx([0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25])
+    restarts = Config(lr=1.0, schedule="cosine_restarts", restart_epochs=2)
+    rates = learning_rates(replace(restarts, warmup_epochs=1, epochs=5))
+    assert rates == pytest.approx([0.5, 1] + 2 * [1, 1, 0.5, 0.5])
+
+
+# ---------------------------------------------------------------- the initial weights
+
+
+def test_initial_weights_are_those_of_the_seed(digits):
+    def initial(seed):
+        torch.manual_seed(99)
+        return make_model(replace(TINY, seed=seed), digits, CPU).linear.weight
+
+    assert torch.equal(initial(0), initial(0))
+    assert not torch.equal(initial(0), initial(1))
+
+
+def test_whitening_stem_is_filled_from_the_normalized_training_images(digits):
+    config = replace(TINY, stem="whitening", c1=24, pool_kernel=4)
+    expected = ResNet(config)
+    few = replace(digits, train=digits.train[:100])
+    expected.set_whitening(digits.normalize(few.train.images / 255))
+    weight = make_model(config, few, CPU).conv1.weight
+    torch.testing.assert_close(weight, expected.conv1.weight)
 
 
 # ---------------------------------------------------------------- a step
@@ -231,7 +257,8 @@ def test_muon_leaves_a_frozen_layer_as_it_is():
 
 def test_muon_gets_the_convolutions_and_adam_the_rest():
     model = ResNet(PRESETS["tiny"])
-    muon, adam = make_optimizers(model, PRESETS["tiny"])
+    muon, adam = make_optimizers(model, replace(PRESETS["tiny"], momentum=0.3))
+    assert muon.param_groups[0]["momentum"] == 0.3
     filters, others = (o.param_groups[0]["params"] for o in (muon, adam))
     assert {p.ndim for p in filters} == {4}
     assert {p.ndim for p in others} == {1, 2}
@@ -281,16 +308,17 @@ def test_average_follows_each_step_and_is_what_is_evaluated(digits):
 def make_proxy(digits):
     """A proxy for the digits, and nine batches of them."""
 
-    def make(keep_fraction):
+    def make(keep_fraction, **changes):
         config = replace(EXACT, keep_fraction=keep_fraction, batch_size=40, max_steps_per_epoch=9)
-        config = replace(config, channels=(8,) * len(config.num_blocks))
+        config = replace(config, **changes, channels=(8,) * len(config.num_blocks))
         return Proxy(config, digits, CPU), list(train_batches(digits, config, 1))
 
     return make
 
 
-def test_proxy_keeps_the_images_of_the_largest_loss(make_proxy):
-    proxy, batches = make_proxy(0.25)
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.8])
+def test_proxy_keeps_the_images_of_the_largest_loss(make_proxy, label_smoothing):
+    proxy, batches = make_proxy(0.25, label_smoothing=label_smoothing)
     before = copy.deepcopy(proxy.learner.model)
     assert (before.architecture.width, before.architecture.channels) == (1, ())
     images, labels, batch_size = next(proxy.hardest(batches))
@@ -310,6 +338,17 @@ def test_proxy_learns_from_every_fourth_batch(make_proxy, first_step):
         weights.append(proxy.learner.model.linear.weight.detach().clone())
     changed = [not torch.equal(one, other) for one, other in itertools.pairwise(weights)]
     assert changed == [step % 4 == 0 for step in range(first_step, 9)]
+
+
+def test_proxy_follows_the_schedule_also_in_steps_in_which_it_does_not_learn(digits):
+    config = replace(TINY, schedule="linear", epochs=2, max_steps_per_epoch=2, keep_fraction=0.5)
+    proxy = Proxy(config, digits, CPU)
+    rates = [
+        proxy.learner.optimizers[0].param_groups[0]["lr"]
+        for epoch in (1, 2)
+        for _ in proxy.hardest(train_batches(digits, config, epoch))
+    ]
+    assert rates == pytest.approx([0.1, 0.075, 0.05, 0.025])
 
 
 def test_proxies_of_two_processes_learn_from_the_mean_over_all_that_is_kept(

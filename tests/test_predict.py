@@ -360,6 +360,17 @@ def test_answers_are_those_of_the_network(options, network, checkpoint, monkeypa
     ]
 
 
+def test_answers_are_about_the_resized_picture_that_is_asked_for(checkpoint):
+    edges = np.zeros((32, 96, 3), np.uint8)
+    edges[:, :32] = edges[:, 64:] = 255
+    Image.fromarray(edges).save("a.png")
+    cropped, squashed = (
+        predict.predict(("a.png",), Path(checkpoint), resize=resize)[0]["predictions"]
+        for resize in ("crop", "squash")
+    )
+    assert cropped != squashed
+
+
 def test_temperature_divides_the_logits(network, checkpoint, monkeypatch, capsys):
     save_model("cold.safetensors", network, INFO | {"temperature": 0.5})
     Path("a.png").write_bytes(png())

@@ -28,7 +28,7 @@ from config import PRESETS, images_per_epoch, record
 from data import load_dataset, train_batches
 from engine import distributed
 from engine.checkpoint import PREVIOUS, load_model, load_state, read_state, save_model, save_state
-from engine.evaluate import evaluate
+from engine.evaluate import classify, evaluate
 from engine.progress import Progress
 from engine.run import RUN_FILES, Run, lock_folder
 from engine.script import stop_signals
@@ -454,6 +454,13 @@ def test_run_may_become_longer_but_not_shorter(tiny):
     assert rates == pytest.approx([0.1, 0.2 / 3, 0.1 / 3, 0.05, 0.1 / 3, 0.1 / 6])
 
 
+@pytest.mark.parametrize(("name", "value"), [("seed", 1), ("val_size", 20), ("bfloat16", False)])
+def test_a_run_does_not_go_on_with_another_constant(tiny, trained, name, value):
+    shutil.copytree(trained, FOLDER)
+    with pytest.raises(InputError, match=f"^{name}: {value}, but the run in "):
+        Run(replace(tiny, resume=True, **{name: value}))
+
+
 def test_finished_run_is_only_tested_again_and_how_it_runs_may_change(tiny, capsys):
     first = train(tiny)
     FOLDER.rename("checkpoints/renamed")
@@ -628,7 +635,26 @@ def test_model_file_explains_itself(demo):
     assert info["accuracy"]["val"] is info["temperature"] is None
 
 
-def test_average_is_validated_tested_and_saved_with_its_temperature(tiny, capsys):
+def test_row_of_an_epoch_is_the_mean_over_the_images_that_steps_were_taken_on(tiny, monkeypatch):
+    taken, step = [], Learner.step
+
+    def noted(learner, images, targets, n):
+        totals = step(learner, images, targets, n)
+        taken.append((totals, n))
+        return totals
+
+    monkeypatch.setattr(Learner, "step", noted)
+    (row,), _ = train(replace(tiny, epochs=1, keep_fraction=0.5))
+    loss, correct = sum(totals for totals, _ in taken).tolist()
+    seen = sum(n for _, n in taken)
+    assert seen == 3 * 8
+    found = row["train_loss"], row["train_accuracy"]
+    assert found == pytest.approx((loss / seen, 100 * correct / seen))
+
+
+def test_average_is_validated_tested_and_saved_with_its_temperature(tiny, capsys, monkeypatch):
+    fitted = []
+    monkeypatch.setattr("train.fit_temperature", lambda *given: fitted.append(given) or 1.5)
     rows, score = train(replace(tiny, c1=5, ema_decay=0.7, val_size=200))
     out = capsys.readouterr().out
     assert " val " in out
@@ -640,9 +666,14 @@ def test_average_is_validated_tested_and_saved_with_its_temperature(tiny, capsys
     val, test = (evaluate(model, part, digits.normalize) for part in (digits.val, digits.test))
     # Where channels come last, as while training, some CPUs add up in another order.
     assert (test.correct, test.total) == (score.correct, score.total)
+    assert score.loss == pytest.approx(test.loss, rel=1e-5)
     assert rows[-1]["val_loss"] == pytest.approx(val.loss, rel=1e-5)
     assert info["accuracy"]["val"] == rows[-1]["val_accuracy"]
-    assert info["temperature"] > 0
+    ((logits, labels),) = fitted
+    assert torch.equal(labels, digits.val.labels)
+    expected = classify(model, digits.val.images, digits.normalize)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    assert info["temperature"] == 1.5
     assert info["preset"] == "custom"  # an edited network
 
 

@@ -88,6 +88,15 @@ def test_an_unknown_data_set_is_one_line():
         run_search(Search(dataset="mnist"), "demo")
 
 
+def test_a_search_reads_no_test_image(monkeypatch):
+    def refuse(config, test=True):
+        raise InputError(f"test: {test}")
+
+    monkeypatch.setattr("search.run.load_dataset", refuse)
+    with pytest.raises(InputError, match="test: False"):
+        run_search(Search(num_samples=1, epochs=1), "demo")
+
+
 def test_a_damaged_search_json_or_another_space_is_refused():
     path = Path("checkpoints/found/search.json")
     stored = {"preset": "demo", "space": repr(SPACE), **asdict(Search(name="found", num_samples=9))}

@@ -114,6 +114,42 @@ def test_answers_are_computed_once_and_shared():
     assert len(answer_files()) == 3
 
 
+def folder_of(data=DIGITS, **changes):
+    """Where a run keeps its teacher's answers."""
+    return Teacher(replace(VIEWED, teacher_views=1, **changes), data, CPU).folder
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seed", 1),
+        ("val_size", 20),
+        ("train_size", 20),
+        ("auto_augment", True),
+        ("trivial_augment", True),
+        ("crop_padding", 2),
+        ("padding_mode", "reflect"),
+        ("rotation_degrees", 9.0),
+        ("flip", "random"),
+        ("cutout_size", 4),
+    ],
+)
+def test_runs_with_other_views_share_no_answers(name, value):
+    assert folder_of(**{name: value}) != folder_of()
+
+
+def test_runs_of_another_teacher_or_other_data_share_no_answers():
+    before = folder_of()
+    assert folder_of(replace(DIGITS, fingerprint="another")) != before
+    rewritten(seed=1)
+    assert folder_of() != before
+
+
+def test_runs_share_answers_whatever_does_not_change_the_views():
+    small = {"small_fraction": 0.5, "small_size": 24, "small_images": "scale"}
+    assert folder_of(**small, mixing=0.5, lr=0.5, c1=9, name="other") == folder_of()
+
+
 def test_answers_about_the_users_own_pictures_are_kept_beside_the_runs(digits):
     model, info = load_model("teacher.safetensors")
     del info["architecture"]

@@ -13,10 +13,10 @@ import torch
 from conftest import ROOT, run, run_main
 
 from config import PRESETS, Config
-from data import APPROXIMATE_COPY, load_dataset
+from data import APPROXIMATE_COPY, Normalize, load_dataset
 from engine import checkpoint
 from engine.checkpoint import find_checkpoint, load_model, save_model
-from engine.evaluate import score
+from engine.evaluate import evaluate, score
 from model import Architecture, model_cost
 from test import (
     check_data,
@@ -98,6 +98,24 @@ def test_normalization_comes_from_the_checkpoint(demo, variant, monkeypatch):
     shifted = variant("shifted.safetensors", mean=[0.0, 0.1, 0.2])
     losses = [result_of(path, monkeypatch=monkeypatch)["loss"] for path in (demo[0], shifted)]
     assert losses[0] != losses[1]
+
+
+def test_each_of_two_networks_gets_its_own_normalization(demo, variant, monkeypatch):
+    mean, std = [0.9, 0.1, 0.2], [9.0, 1.0, 0.05]
+    other = variant("other.safetensors", mean=mean, std=std)
+    written = result_of(demo[0], "--compare", other, monkeypatch=monkeypatch)
+    compared = written["compared_with"]
+    right = written["correct"] - compared["only_first"] + compared["only_second"]
+    test = load_dataset(Config(dataset="digits")).test
+    expected = evaluate(load_model(other)[0], test, Normalize(mean, std))
+    assert right == expected.correct != written["correct"]
+
+
+def test_networks_of_other_classes_are_not_compared(variant, monkeypatch, capsys):
+    plain = variant("plain.safetensors")
+    other = variant("other.safetensors", class_names=list("9876543210"))
+    assert run_main("test", plain, "--compare", other, monkeypatch=monkeypatch) == 2
+    assert "other.safetensors has other classes than digits" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -363,6 +381,16 @@ def test_missing_file_stands_for_no_other_network():
     make("checkpoints/group/run/model.safetensors")
     for name in ("model.safetensors", "checkpoints/group/model.safetensors"):
         assert find_checkpoint(Path(name)) == Path(name)
+
+
+def test_each_class_is_listed_with_what_it_is_most_often_taken_for(capsys):
+    print_per_class(np.array([[5, 0, 3], [1, 7, 0], [0, 0, 0]]), ("cat", "dog", "eel"))
+    rows = [line.split() for line in capsys.readouterr().out.strip().splitlines()[1:]]
+    assert rows == [
+        ["cat", "5", "8", "62.50%", "eel", "(3)"],
+        ["dog", "7", "8", "87.50%", "cat", "(1)"],
+        ["eel", "0", "0", "0.00%", "-"],
+    ]
 
 
 def test_of_many_classes_the_least_accurate_are_listed(capsys):
