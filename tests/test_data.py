@@ -548,9 +548,10 @@ def test_an_epoch_visits_every_image_once_in_an_order_of_its_own():
     assert orders[0] != orders[2]
 
 
-def test_batches_are_a_pure_function_of_seed_epoch_and_step():
+@pytest.mark.parametrize("mixing", [0.0, 1.0])
+def test_batches_are_a_pure_function_of_seed_epoch_and_step(mixing):
     toy = labeled_by_position(100)
-    config = Config(batch_size=40, seed=3, rotation_degrees=30.0, num_classes=100)
+    config = Config(batch_size=40, seed=3, rotation_degrees=30.0, mixing=mixing, num_classes=100)
     first = list(train_batches(toy, config, epoch=7))
     torch.manual_seed(123)
     again = list(train_batches(toy, config, epoch=7))
