@@ -17,7 +17,14 @@ from torch import Tensor
 from config import PRESETS, Config, check_resumable, record
 from data import Batch, Dataset
 from engine import plots
-from engine.checkpoint import PREVIOUS, all_finite, load_state, save_model, save_state
+from engine.checkpoint import (
+    PREVIOUS,
+    all_finite,
+    load_model,
+    load_state,
+    save_model,
+    save_state,
+)
 from engine.distributed import (
     all_reduce_max,
     all_reduce_sum,
@@ -91,6 +98,7 @@ class Run:
         self.wandb: WandbRun | None = None  # in the main process
         self.wandb_id: str | None = None
         self._unread: list[Tensor] = []  # (loss, correct) of the newest steps, on the device
+        self._has_learned = False  # in this process
         self._clock = 0.0
         self._saved_at = -math.inf  # by this process
         self._resumed = False
@@ -243,6 +251,7 @@ class Run:
         Args:
             totals: its summed loss and number of correct predictions, (2,), on the device.
         """
+        self._has_learned = True
         self.step, self.seen = self.step + 1, self.seen + num_images
         self._unread.append(totals)
         self.progress.update(num_images)
@@ -376,7 +385,6 @@ class Run:
             return
         config, data, last = self.config, self.data, self.log[-1]
         same = (n for n, preset in PRESETS.items() if same_network(preset, config))
-        dtype = compute_dtype(data.train.labels.device, config.bfloat16)
         data_dir = str(Path(config.data_dir).expanduser().absolute())
         accuracy = {  # percent
             "train": last["train_accuracy"],  # of the augmented images, while training
@@ -391,19 +399,31 @@ class Run:
             "mean": data.mean,
             "std": data.std,
             "seed": config.seed,
-            "trained_in": dtype_name(dtype),
             "data_fingerprint": data.fingerprint,
             "teacher_sha256": self._parts["teacher"].sha256 if config.teacher else None,
             **({"init": self._parts["start"].described} if config.init else {}),
             "unofficial_data_files": data.unofficial,
-            "versions": library_versions(),
-            "git_commit": git_commit(),
+            **self._origin(),
             "config": record(config),
             "epochs": self.epoch,
             "accuracy": accuracy,
             "temperature": temperature,  # fitted to the validation images
         }
         save_model(self.folder / "model.safetensors", self.learner.eval_model, metadata)
+
+    def _origin(self) -> dict[str, object]:
+        """What the network was trained by, which stays if a finished run is only tested again."""
+        dtype = compute_dtype(self.data.train.labels.device, self.config.bfloat16)
+        origin = {
+            "trained_in": dtype_name(dtype),
+            "versions": library_versions(),
+            "git_commit": git_commit(),
+        }
+        if not self._has_learned:
+            with contextlib.suppress(InputError):
+                _, before = load_model(self.folder / "model.safetensors")
+                origin |= {name: before[name] for name in origin if name in before}
+        return origin
 
     def _is_due(self, seconds: float = math.inf) -> bool:
         """True if `save_minutes`, or so many seconds, have passed since the last save."""

@@ -55,7 +55,10 @@ def run_script(script: str | Callable[[list[str]], None]) -> None:
         sys.exit(report_missing(error))
     signal.signal(signal.SIGINT, handler)
 
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell, `>&-`, or of a program without a terminal
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 (until the process ends)
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # print ? for a ± where only ASCII is possible
     try:

@@ -421,6 +421,14 @@ def test_names_may_hold_any_bytes(checkpoint, monkeypatch, capsys):
     assert [row["file"] for row in read_csv("a.csv")][:2] == names[:2]
 
 
+def test_answers_are_written_where_stdout_is_closed(checkpoint, monkeypatch):
+    Path("a.png").write_bytes(png())
+    monkeypatch.setattr("sys.stdout", None)
+    line = ("a.png", "--checkpoint", checkpoint, "--json", "a.json")
+    assert run_main("predict", *line, monkeypatch=monkeypatch) == 0
+    assert Path("a.json").exists()
+
+
 def test_a_file_may_be_named_like_stdin():
     Path("-").touch()
     assert predict.find_pictures(("./-", "-")) == ["./-", "-"]

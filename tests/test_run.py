@@ -461,13 +461,18 @@ def test_a_run_does_not_go_on_with_another_constant(tiny, trained, name, value):
         Run(replace(tiny, resume=True, **{name: value}))
 
 
-def test_finished_run_is_only_tested_again_and_how_it_runs_may_change(tiny, capsys):
+def test_finished_run_is_only_tested_again_and_how_it_runs_may_change(tiny, capsys, monkeypatch):
     first = train(tiny)
     FOLDER.rename("checkpoints/renamed")
+    path = Path("checkpoints/renamed/model.safetensors")
+    _, before = load_model(path)
+    monkeypatch.setattr("engine.run.git_commit", lambda: "later")
     capsys.readouterr()
     changes = {"name": "renamed", "data_dir": "elsewhere", "save_minutes": 1.0, "download": False}
     assert train(replace(tiny, resume=True, **changes)) == first
     assert "epoch 1/" not in capsys.readouterr().out
+    _, info = load_model(path)
+    assert info["git_commit"] == before["git_commit"] != "later"
     other = replace(load_dataset(tiny), fingerprint="another")
     with pytest.raises(InputError, match=r"^data_dir: .* not the images"):
         train(replace(tiny, resume=True, name="renamed"), other)
