@@ -12,7 +12,7 @@ each other only. 45,000 images to train on, 5,000 for validation, no test image 
 Finished runs are not repeated, and a run that is cut off goes on.
 
 Record: trial.csv gets a row per run. tiny-alone.csv is the log of a network without a teacher, to
-compare with: its first 96 of 300 epochs, of `python train.py best --c1 16 --cutout-size 0 --epochs
+compare with: its first 126 of 300 epochs, of `python train.py best --c1 16 --cutout-size 0 --epochs
 300 --warmup-epochs 45` (commit 6799a59, two cores of an AMD EPYC in float32, beside other work).
 """
 
