@@ -176,6 +176,10 @@ BAD_FOLDERS = {  # what is there: pictures of each class below photos/, or anoth
         {"train/cat": 2, "train/dog": 2, "test/cat": 2},
         "photos/test holds one class folder alone, cat; add another class",
     ),
+    "link to nothing": (
+        lambda: (make_pictures("photos", cat=2, dog=2), Path("photos/eel").symlink_to("nothing")),
+        "photos/eel is a link to nothing; restore what it leads to, or remove it",
+    ),
     "unknown class": (
         {"train/a": 2, "train/b": 2, "test/a": 2, "test/b": 2, "test/eel": 2},
         "photos/test/eel has no counterpart in photos/train; both must have the same classes",

@@ -389,14 +389,6 @@ def test_train_and_test_folders_stay_apart(tested, capsys):
     assert folder("vehicles").class_names == ("plane", "train")
 
 
-@pytest.mark.skipif(os.name == "nt", reason="links need a right there")
-def test_class_that_is_a_link_to_nothing_is_named():
-    make_pictures("photos", cat=3, dog=3)
-    Path("photos/eel").symlink_to(Path("unmounted").absolute())
-    with pytest.raises(InputError, match=r"^data_dir: photos/eel is a link to nothing; restore"):
-        folder()
-
-
 def test_folder_that_cannot_be_read_is_left_out_with_a_warning(monkeypatch, capsys):
     make_pictures("photos/cat", **{"private": 1, ".": 2})
     iterdir = Path.iterdir
