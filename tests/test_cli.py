@@ -129,7 +129,7 @@ def check_refusal(line, words, monkeypatch, capsys):
 def written():
     """All files with their times, but for locks, which some versions of filelock touch."""
     paths = (path for path in Path().rglob("*") if path.name != "run.lock")
-    return {path: path.stat().st_mtime_ns for path in paths}
+    return {path: path.lstat().st_mtime_ns for path in paths}
 
 
 @pytest.mark.parametrize(("line", "words"), MISTAKES, ids=[line for line, _ in MISTAKES])
