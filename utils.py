@@ -190,7 +190,8 @@ def check_output(name: str, path: str) -> None:
 def check_writable(name: str, folder: Path) -> None:
     """Raise InputError unless files can be written into `folder`, which may not be there yet."""
     path = folder.absolute()
-    there = next(place for place in (path, *path.parents) if os.path.exists(place))  # noqa: PTH110
+    places = (place for place in (path, *path.parents) if os.path.exists(place))  # noqa: PTH110
+    there = next(places, path)  # on Windows a whole drive may be missing
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise InputError(f"{name}: {there} is no folder that can be written to; name another place")
 

@@ -99,7 +99,7 @@ class Teacher:
         logits = read_answers(path)
         shape = (len(self.data.train), self.config.num_classes)
         whole = logits is not None and logits.shape == shape
-        (is_lacking,) = all_reduce_max(not whole)  # on one of several machines, perhaps
+        (is_lacking,) = all_reduce_max(int(not whole))  # on one of several machines, perhaps
         if not is_lacking:
             return logits
         if not whole and path.exists():
