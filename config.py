@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from engine.script import plain_arguments
+from engine.script import named_options, plain_arguments
 from model import MAX_PARAMS, Architecture, check_budget, feature_size, pooled_size
 from utils import (
     CHECKPOINTS,
@@ -476,14 +476,14 @@ def parse(args: list[str], preset: str, path: str) -> tuple[str, str, Config]:
     )
     groups = (parsed.network, parsed.data, parsed.optimization, parsed.arithmetic, parsed.run)
     constants = {k: getattr(g, k) for g in groups for k in asdict(g)}
-    given = {arg.partition("=")[0].replace("_", "-") for arg in args}
-    if parsed.network.channels and "--width" in given:
+    given = named_options(args)
+    if parsed.network.channels and "width" in given:
         raise InputError(
             f"width: {parsed.network.width} beside channels, which replace it; leave one of the two"
         )
-    if "--num-classes" in given:
+    if "num_classes" in given:
         raise InputError("num_classes: follows from the data; leave --num-classes out")
-    if start.dataset == "folder" != parsed.data.dataset and "--data-dir" not in given:
+    if start.dataset == "folder" != parsed.data.dataset and "data_dir" not in given:
         raise InputError(
             f"data_dir: {start.data_dir} is for your own pictures, not for {parsed.data.dataset};"
             f" add --data-dir {Config.data_dir}"

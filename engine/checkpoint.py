@@ -164,6 +164,12 @@ def find_checkpoint(path: Path) -> Path:
     )
 
 
+def check_other_run(field: str, named: str, path: Path, run: str) -> None:
+    """Raise InputError if the model file that a field names is the one that the run writes."""
+    if path.resolve().parent == (CHECKPOINTS / run).resolve():
+        raise InputError(f"{field}: {named} is the network of this run itself; give another --name")
+
+
 def network_in(folder: Path) -> Path | None:
     """The network of the newest run in a folder, else the first released one, if there is one.
 

@@ -116,6 +116,12 @@ def report_missing(error: ModuleNotFoundError) -> int:
     return 2
 
 
+def named_options(args: list[str]) -> set[str]:
+    """The options of a command line, as the fields that they set, `data_dir` of `--data-dir=x`."""
+    options = (arg.partition("=")[0] for arg in args if arg.startswith("--"))
+    return {option.removeprefix("--").replace("-", "_") for option in options}
+
+
 def plain_arguments(args: list[str], options: type | Callable) -> list[str]:
     """Rewrite the forms in which other scripts take their arguments as those of tyro.
 

@@ -9,9 +9,9 @@ from torch import nn
 
 from config import Config
 from data import Dataset
-from engine.checkpoint import find_checkpoint, load_model
+from engine.checkpoint import check_other_run, find_checkpoint, load_model
 from model import Architecture, per_stage, stage_channels
-from utils import CHECKPOINTS, InputError, part_of
+from utils import InputError, part_of
 
 
 class Start:
@@ -32,10 +32,7 @@ class Start:
             if config.resume:  # another file would be refused
                 problem = f"{problem.partition(';')[0]}; restore it, which --resume needs"
             raise InputError(f"init: {problem}") from None
-        if self.path.resolve().parent == (CHECKPOINTS / config.name).resolve():
-            raise InputError(
-                f"init: {config.init} is the network of this run itself; give another --name"
-            )
+        check_other_run("init", config.init, self.path, config.name)
         named, found = Path(config.init), (self.path.parent.name, self.path.name, self.path.stem)
         if not named.is_file() and named.name not in found:
             raise InputError(  # the newest of them is another one tomorrow

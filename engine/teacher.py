@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from config import Config, Data, view_of
 from data import EVAL_BATCH, Answers, Dataset, augmented
-from engine.checkpoint import checksum, load_model
+from engine.checkpoint import check_other_run, checksum, load_model
 from engine.distributed import (
     all_reduce_max,
     all_reduce_sum,
@@ -51,10 +51,7 @@ class Teacher:
             self.model, info = load_model(path)
         except InputError as error:
             raise InputError(f"teacher: {str(error).removeprefix('checkpoint: ')}") from None
-        if path.resolve().parent == (CHECKPOINTS / config.name).resolve():
-            raise InputError(
-                f"teacher: {path} is the network of this run itself; give another --name"
-            )
+        check_other_run("teacher", config.teacher, path, config.name)
         for name, ours in (
             ("dataset", data.name),
             ("class_names", list(data.class_names)),

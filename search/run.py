@@ -11,7 +11,7 @@ from config import PRESETS, check_batches, check_config, record
 from data import Dataset, load_dataset
 from engine.progress import title
 from engine.run import end_by_signal, lock_folder
-from engine.script import plain_arguments, stop_signals
+from engine.script import named_options, plain_arguments, stop_signals
 from search import figures
 from search.cluster import ray_started, trial_resources, trials_at_once
 from search.space import SPACE, Search, Space, check_search, check_space, with_defaults
@@ -36,8 +36,7 @@ def main(args: list[str], space: Space = SPACE) -> None:
         " those of the preset.",
     )
     if search.resume:
-        named = {arg.partition("=")[0].lstrip("-").replace("-", "_") for arg in args}
-        given, (preset, search) = preset, load_search(search, space, named)
+        given, (preset, search) = preset, load_search(search, space, named_options(args))
         if given not in (None, preset):
             raise InputError(
                 f"preset: {given}, but the search {search.name} was started with {preset}; leave it"

@@ -315,7 +315,7 @@ def test_a_damaged_trial_is_trained_again_and_a_line_names_it(damaged, capsys):
 
 
 def test_no_row_is_lost_or_changed_by_random_damage():
-    assert damage_rounds(10) == {"nothing lost": 10}
+    assert damage_rounds(20) == {"nothing lost": 20}
 
 
 def test_the_best_trial_is_the_most_accurate_one_that_did_not_fail(capsys):

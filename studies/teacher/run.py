@@ -6,10 +6,9 @@
 
 Question: which loss, how much regularization and how many views give the shape of `best`, at a
 quarter of its width (16, 32 and 64 channels), the highest validation accuracy in 60 epochs, taught
-by `best`? The teacher
-has seen all training images, also those that are set aside here, so the arms can be compared with
-each other only. 45,000 images to train on, 5,000 for validation, no test image is read, two seeds.
-Finished runs are not repeated, and a run that is cut off goes on.
+by `best`? The teacher has seen all training images, also those that are set aside here, so the arms
+can be compared with each other only. 45,000 images to train on, 5,000 for validation, no test image
+is read, two seeds. Finished runs are not repeated, and a run that is cut off goes on.
 
 Record: trial.csv gets a row per run. tiny-alone.csv is the log of a network without a teacher, to
 compare with: its first 126 of 300 epochs, of `python train.py best --c1 16 --cutout-size 0 --epochs
