@@ -91,7 +91,7 @@ class Optimization:
     init: str = ""
     """Start from the weights of a network: a file, a run or a name; else from random ones."""
     teacher: str = ""
-    """Model file of a trained network whose predictions are the targets, instead of the labels."""
+    """A network (file, run or name) whose predictions are the targets, instead of the labels."""
     teacher_views: Annotated[int, Range(0, 10_000)] = 0
     """Repeat this many augmented views, whose answers are kept; 0 for new ones in every epoch."""
     label_smoothing: Annotated[float, Range(0, 1)] = 0.0

@@ -25,7 +25,7 @@ from data import Dataset, class_names_of, load_dataset, train_batches
 from engine import distributed
 from engine.evaluate import Score, classify, evaluate, fit_temperature, summary
 from engine.progress import Row
-from engine.run import Run, end_by_signal, how_to_go_on
+from engine.run import Run, end_by_signal, how_to_go_on, remove_runs
 from engine.script import stop_signals
 from engine.start import Start
 from engine.teacher import Teacher
@@ -62,6 +62,7 @@ def train(
     device = distributed.init_processes(config.deterministic)
     run = Run(config, report)  # refuses at once to overwrite a run, or to mix up two
     start = Start(config) if config.init else None
+    teacher = Teacher(config) if config.teacher else None
     if data is None:
         with distributed.first_on_each_machine():
             data = load_dataset(config)
@@ -70,7 +71,8 @@ def train(
 
     learner = Learner(config, data, device, start)
     proxy = Proxy(config, data, device) if config.keep_fraction < 1 else None
-    teacher = Teacher(config, data, device) if config.teacher else None
+    if teacher:
+        teacher.prepare(data, device)
     with run.opened(data, learner, proxy, teacher, start):  # locked, and resumed from a saved state
         while run.epoch < config.epochs:
             answers = teacher.answers(run.epoch + 1, run.stop_if_asked) if teacher else None
@@ -108,20 +110,26 @@ def train_seeds(config: Config) -> list[Score]:
 
     Prints the mean and standard deviation of the accuracies, and the 95% interval of the mean by
     Student's t: those of the validation images, if there are any, then those of the test images.
-    With `resume`, a run that was cut off goes on and a finished one is only tested.
+    With `resume`, a run that was cut off goes on and a finished one is only tested. With
+    `overwrite`, the old runs of all seeds are removed before the first is trained.
 
     Raises:
         InputError: one of them cannot be trained; or a disk is full.
         DivergenceError: a loss is no longer finite; the runs before it are complete.
         StoppedError: a signal asked to end; --resume goes on.
     """
-    config, configs = with_classes(config), []
+    config, configs, runs = with_classes(config), [], []
+    distributed.init_processes(config.deterministic)
     for seed in range(config.seed, config.seed + config.seeds):
         configs.append(replace(config, name=f"{config.name}-{seed}", seed=seed, seeds=1))
         check_config(configs[-1])
-        Run(configs[-1])  # what is wrong is reported now, not hours later
+        runs.append(Run(configs[-1]))  # what is wrong is reported now, not hours later
         if config.init:
             Start(configs[-1])
+        if config.teacher:
+            Teacher(configs[-1])
+    if config.overwrite:
+        remove_runs(runs)
     scores, val = [], []
     with stop_signals:
         for one in configs:

@@ -164,10 +164,33 @@ def find_checkpoint(path: Path) -> Path:
     )
 
 
-def check_other_run(field: str, named: str, path: Path, run: str) -> None:
-    """Raise InputError if the model file that a field names is the one that the run writes."""
+def load_other(
+    field: str, named: str, run: str, resume: bool
+) -> tuple[Path, ResNet, dict[str, object]]:
+    """Load the network that a field of a run names: that of another run, or a released one.
+
+    Returns: its file, and what `load_model` returns.
+
+    Raises:
+        InputError: it is no network, or that of this run; or a folder of several is named.
+    """
+    try:
+        path = find_checkpoint(Path(named))
+        model, info = load_model(path)
+    except InputError as error:
+        problem = str(error).removeprefix("checkpoint: ")
+        if resume:  # another file would be refused
+            problem = f"{problem.partition(';')[0]}; restore it, which --resume needs"
+        raise InputError(f"{field}: {problem}") from None
     if path.resolve().parent == (CHECKPOINTS / run).resolve():
         raise InputError(f"{field}: {named} is the network of this run itself; give another --name")
+    known_as = path.parent.name, path.name, path.stem
+    if not Path(named).is_file() and Path(named).name not in known_as:
+        raise InputError(  # the newest of them is another one tomorrow
+            f"{field}: {named} is a folder of several networks; name one of them, such as"
+            f" {path.as_posix()}"
+        )
+    return path, model, info
 
 
 def network_in(folder: Path) -> Path | None:

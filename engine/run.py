@@ -358,18 +358,19 @@ class Run:
             started = {"config": record(self.config), "data_fingerprint": self.data.fingerprint}
             position = self._position() | {"wandb_id": self.wandb.id}
             if not self._has_state:
-                self._remove_old_run()
+                self.remove_old_run()
             save_state(self.folder / "last.pt", started | {"metrics": position} | parts)
             if self._saved_at == -math.inf:
                 write_json(self.folder / "config.json", started["config"])
         self._saved_at = time.monotonic()
 
-    def _remove_old_run(self) -> None:
+    def remove_old_run(self) -> None:
+        """Remove the files of the run in the folder, and the W&B logs of others than this one."""
         for name in reversed(RUN_FILES):
             (self.folder / name).unlink(missing_ok=True)
         logs = self.folder / "wandb"
         for log in () if logs.is_symlink() else logs.glob("*run-*"):
-            if not log.name.endswith(f"-{self.wandb.id}"):
+            if not (self.wandb and log.name.endswith(f"-{self.wandb.id}")):
                 shutil.rmtree(log, ignore_errors=True)
 
     def _write_log(self) -> None:
@@ -434,7 +435,7 @@ class Run:
         """Raise StoppedError if `number` is that of a signal; 0 is none."""
         remedy = how_to_go_on(self.config)
         if number and not self._has_state:
-            if self.config.overwrite:  # --resume would go on with the old run, which is left
+            if self._stamp:  # --resume would go on with the old run, which is left
                 remedy = "the same command starts it again"
             end_by_signal(number, f"before the first step; {remedy}")
         if number:
@@ -452,6 +453,23 @@ class Run:
             if self.step or 0 < self.epoch < self.config.epochs:  # the last epoch's end is saved
                 self._save()
             self._end_if_asked(stop_signals.received)
+
+
+def remove_runs(runs: list[Run]) -> None:
+    """Remove what is in the folders of several runs that are to overwrite it.
+
+    All at once, or a stop would leave old ones that --resume took for runs of these.
+
+    Raises:
+        InputError: one of the folders is in use, or cannot be written; nothing was removed.
+    """
+    with contextlib.ExitStack() as locks:
+        for run in runs:
+            locks.enter_context(lock_folder(run.folder))
+        if is_main():
+            for run in runs:
+                run.remove_old_run()
+        barrier()
 
 
 def same_network(one: Config, other: Config) -> bool:

@@ -2,14 +2,13 @@
 
 import hashlib
 from dataclasses import fields, replace
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from config import Config
 from data import Dataset
-from engine.checkpoint import check_other_run, find_checkpoint, load_model
+from engine.checkpoint import load_other
 from model import Architecture, per_stage, stage_channels
 from utils import InputError, part_of
 
@@ -24,21 +23,9 @@ class Start:
 
     def __init__(self, config: Config) -> None:
         self.name = config.init
-        try:
-            self.path = find_checkpoint(Path(config.init))
-            self.model, self.info = load_model(self.path)
-        except InputError as error:
-            problem = str(error).removeprefix("checkpoint: ")
-            if config.resume:  # another file would be refused
-                problem = f"{problem.partition(';')[0]}; restore it, which --resume needs"
-            raise InputError(f"init: {problem}") from None
-        check_other_run("init", config.init, self.path, config.name)
-        named, found = Path(config.init), (self.path.parent.name, self.path.name, self.path.stem)
-        if not named.is_file() and named.name not in found:
-            raise InputError(  # the newest of them is another one tomorrow
-                f"init: {config.init} is a folder of several networks; name one of them, such as"
-                f" {self.path.as_posix()}"
-            )
+        self.path, self.model, self.info = load_other(
+            "init", config.init, config.name, config.resume
+        )
         self.sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
         theirs, ours = (comparable(a) for a in (self.model.architecture, config))
         different = [f.name for f in fields(Architecture) if theirs[f.name] != ours[f.name]]

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from config import Config, Data, view_of
 from data import EVAL_BATCH, Answers, Dataset, augmented
-from engine.checkpoint import check_other_run, checksum, load_model
+from engine.checkpoint import checksum, load_other
 from engine.distributed import (
     all_reduce_max,
     all_reduce_sum,
@@ -40,32 +40,36 @@ class Teacher:
     """The network in `config.teacher`, and the answers of it that are kept.
 
     Raises:
-        InputError: the file is no network, is that of this run, or has other classes, normalization
-            or data.
+        InputError: it is no network, or that of this run; or a folder of several is named.
     """
 
-    def __init__(self, config: Config, data: Dataset, device: torch.device) -> None:
-        self.config, self.data, self.device = config, data, device
-        path = Path(config.teacher)
-        try:
-            self.model, info = load_model(path)
-        except InputError as error:
-            raise InputError(f"teacher: {str(error).removeprefix('checkpoint: ')}") from None
-        check_other_run("teacher", config.teacher, path, config.name)
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.path, self.model, self.info = load_other(
+            "teacher", config.teacher, config.name, config.resume
+        )
+        self.sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
+
+    def prepare(self, data: Dataset, device: torch.device) -> None:
+        """Make ready to answer about these images, on `device`.
+
+        Raises:
+            InputError: it was trained with other classes, another normalization or other data.
+        """
         for name, ours in (
             ("dataset", data.name),
             ("class_names", list(data.class_names)),
             ("mean", list(data.mean)),
             ("std", list(data.std)),
         ):
-            if (theirs := info.get(name)) != ours:
+            if (theirs := self.info.get(name)) != ours:
                 raise InputError(
-                    f"teacher: {path} was trained with another {name} ({theirs}) than this run has"
-                    f" ({ours}); name another teacher"
+                    f"teacher: {self.path} was trained with another {name} ({theirs}) than this run"
+                    f" has ({ours}); name another teacher"
                 )
+        self.data, self.device = data, device
         self.model.to(device, memory_format=memory_format(self.model, device))
-        self.autocast = make_autocast(device, config.bfloat16)
-        self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.autocast = make_autocast(device, self.config.bfloat16)
 
     def answers(self, epoch: int, after_batch: Callable[[], None]) -> Answers:
         """The targets of an epoch, as a function of views, (N, 3, 32, 32), and indices, (N,).

@@ -391,10 +391,17 @@ def test_overwrite_starts_anew(tiny):
     assert read_state(FOLDER / "last.pt")["config"] == record(tiny)
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_run_that_ends_before_its_first_step_is_none(tiny, overwrite):
+@pytest.mark.parametrize(
+    ("overwrite", "old", "again"),
+    [
+        (False, False, "with --resume goes on from there"),
+        (True, False, "with --resume in place of --overwrite goes on from there"),
+        (True, True, "starts it again"),
+    ],
+)
+def test_run_that_ends_before_its_first_step_is_none(tiny, overwrite, old, again):
     """It also leaves the run that it was to overwrite."""
-    if overwrite:
+    if old:
         train(replace(tiny, epochs=1))
     before, config, data = files(), replace(tiny, overwrite=overwrite), load_dataset(tiny)
     learner = Learner(tiny, data, torch.device("cpu"))
@@ -402,7 +409,6 @@ def test_run_that_ends_before_its_first_step_is_none(tiny, overwrite):
     with pytest.raises(MemoryError), run.opened(data, learner):
         raise MemoryError
     run = Run(config)
-    again = "starts it again" if overwrite else "with --resume goes on from there"
     words = f"^stopped by SIGTERM before the first step; the same command {again}$"
     with (
         pytest.raises(StoppedError, match=words),
@@ -724,6 +730,32 @@ def test_seeds_are_trained_in_turn_and_summed_up(tiny, capsys):
         assert numbers == pytest.approx(expected, abs=0.006)
     with pytest.raises(InputError, match=r"seeds: 3 .*|seeds: .*, not 3; call train_seeds"):
         train(config)
+
+
+def test_seeds_that_overwrite_and_are_stopped_go_on_without_the_old_runs(
+    tiny, trained, monkeypatch
+):
+    config = replace(tiny, seeds=3)
+    for seed in range(3):
+        shutil.copytree(trained, f"checkpoints/tiny-{seed}")
+    with (
+        lock_folder(Path("checkpoints/tiny-2")),
+        pytest.raises(InputError, match="another process is training in checkpoints/tiny-2"),
+    ):
+        train_seeds(replace(config, overwrite=True))
+    assert all(Path(f"checkpoints/tiny-{seed}/last.pt").exists() for seed in range(3))
+
+    def stopped(config):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return train(config)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("train.train", stopped)
+        with pytest.raises(StoppedError, match="with --resume in place of --overwrite goes on"):
+            train_seeds(replace(config, overwrite=True))
+    assert len(list(Path("checkpoints").rglob("last.pt"))) == 1
+    scores = train_seeds(replace(config, resume=True))
+    assert len({score.loss for score in scores}) == 3
 
 
 @pytest.mark.parametrize("name", ["tiny", "proxy, muon"])

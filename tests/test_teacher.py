@@ -17,6 +17,7 @@ from data import augmented, load_dataset, train_batches
 from engine.checkpoint import load_model, read_state, save_model
 from engine.teacher import Teacher
 from train import train as train_on
+from train import train_seeds
 from utils import CHECKPOINTS, InputError, StoppedError
 
 CPU = torch.device("cpu")
@@ -52,15 +53,21 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+def teacher_of(config, data=DIGITS):
+    teacher = Teacher(config)
+    teacher.prepare(data, CPU)
+    return teacher
+
+
 def answer_files():
     return sorted(Path("data/answers").rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize("views", [0, 2])
 def test_targets_are_the_teachers_probabilities_of_the_students_views(digits, views):
-    config = replace(VIEWED, teacher_views=views, rotation_degrees=10.0)
+    config = replace(VIEWED, teacher_views=views, rotation_degrees=10.0, bfloat16=False)
     network, _ = load_model("teacher.safetensors")
-    teacher = Teacher(config, digits, CPU)
+    teacher = teacher_of(config)
     for epoch in (1, 3):
         seen = 0
         answers = teacher.answers(epoch, nothing)
@@ -75,7 +82,7 @@ def test_targets_are_the_teachers_probabilities_of_the_students_views(digits, vi
 
 def test_teacher_sees_whole_images_where_the_student_sees_small_ones(digits):
     small = replace(VIEWED, small_fraction=1.0, small_size=24, small_images="scale")
-    teacher = Teacher(small, digits, CPU)
+    teacher = teacher_of(small)
     images, targets, _ = next(train_batches(digits, small, 1, answers=teacher.answers(1, nothing)))
     whole, expected, _ = next(train_batches(digits, VIEWED, 1, answers=teacher.answers(1, nothing)))
     assert images.shape[-1] == 24
@@ -116,7 +123,7 @@ def test_answers_are_computed_once_and_shared():
 
 def folder_of(data=DIGITS, **changes):
     """Where a run keeps its teacher's answers."""
-    return Teacher(replace(VIEWED, teacher_views=1, **changes), data, CPU).folder
+    return teacher_of(replace(VIEWED, teacher_views=1, **changes), data).folder
 
 
 @pytest.mark.parametrize(
@@ -156,13 +163,12 @@ def test_answers_about_the_users_own_pictures_are_kept_beside_the_runs(digits):
     save_model("own.safetensors", model, info | {"dataset": "folder"})
     own = replace(digits, name="folder")
     config = replace(VIEWED, teacher="own.safetensors", teacher_views=1, data_dir="photos")
-    assert Teacher(config, own, CPU).folder.parent == CHECKPOINTS / "answers"
+    assert teacher_of(config, own).folder.parent == CHECKPOINTS / "answers"
 
 
 def test_answers_that_are_older_than_trivial_augment_are_found(digits):
     plain, other = (
-        Teacher(replace(VIEWED, teacher_views=1, trivial_augment=on), digits, CPU)
-        for on in (False, True)
+        teacher_of(replace(VIEWED, teacher_views=1, trivial_augment=on)) for on in (False, True)
     )
     assert "trivial_augment" not in plain.described["views"]
     assert other.folder != plain.folder
@@ -182,7 +188,7 @@ def test_damaged_answers_are_computed_again(capsys):
 
 def test_answers_that_another_machine_lacks_are_computed_by_all(digits, monkeypatch):
     """Or some processes would wait for sums to which the others add nothing."""
-    teacher = Teacher(replace(VIEWED, teacher_views=1), digits, CPU)
+    teacher = teacher_of(replace(VIEWED, teacher_views=1))
     here = teacher.kept(1, nothing)
     monkeypatch.setattr("engine.teacher.all_reduce_max", lambda value: [1])
     batches = []
@@ -222,10 +228,10 @@ def test_an_epoch_that_ended_is_kept_when_a_signal_ends_the_answers_for_the_next
 
 def test_taught_by_itself_a_network_has_no_gradient_but_of_weight_decay(digits):
     """The cross entropy with one's own answers is least where one is."""
-    config = replace(VIEWED, crop_padding=0, rotation_degrees=0.0)
+    config = replace(VIEWED, bfloat16=False)
     network, _ = load_model("teacher.safetensors")
     images, targets, _ = next(
-        train_batches(digits, config, 1, answers=Teacher(config, digits, CPU).answers(1, nothing))
+        train_batches(digits, config, 1, answers=teacher_of(config).answers(1, nothing))
     )
     F.cross_entropy(network(images), targets).backward()
     largest = max(p.grad.abs().max() for p in network.parameters())
@@ -272,11 +278,36 @@ def test_teacher_that_is_missing_or_would_be_deleted_is_refused(path, problem):
         train(replace(VIEWED, teacher=path, overwrite=True))
 
 
+def test_a_bad_teacher_is_refused_before_the_data_is_read_and_the_first_seed_is_trained():
+    bad = replace(VIEWED, teacher="checkpoints", dataset="cifar10", data_dir="nowhere")
+    for name in ("a", "b"):
+        Path("checkpoints", name).mkdir(parents=True)
+        shutil.copy("teacher.safetensors", f"checkpoints/{name}/model.safetensors")
+    with pytest.raises(InputError, match=r"^teacher: checkpoints is a folder of several networks;"):
+        train_on(bad)
+    for seed in range(2):
+        Path(f"checkpoints/student-{seed}").mkdir(parents=True)
+    shutil.copy("teacher.safetensors", "checkpoints/student-1/model.safetensors")
+    with pytest.raises(InputError, match=r"^teacher: student-1 is the network of this run itself"):
+        train_seeds(replace(VIEWED, teacher="student-1", seeds=2, overwrite=True))
+    assert Path("checkpoints/student-1/model.safetensors").exists()
+    assert not Path("checkpoints/student-0/last.pt").exists()
+
+
+def test_teacher_is_named_as_a_run_is():
+    Path("checkpoints/large").mkdir(parents=True)
+    shutil.copy("teacher.safetensors", "checkpoints/large/model.safetensors")
+    train(replace(VIEWED, epochs=1, teacher="large"))
+    Path("checkpoints/large/model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"^teacher: .*; restore it, which --resume needs"):
+        train(replace(VIEWED, epochs=2, teacher="large", resume=True))
+
+
 def test_answers_that_cannot_be_written_are_not_computed(digits, monkeypatch):
     monkeypatch.setattr(Teacher, "compute", None)
     Path("data").touch()
     with pytest.raises(InputError, match=r"^data_dir: .*data is no folder that can be written to"):
-        Teacher(replace(VIEWED, teacher_views=1), digits, CPU).kept(1, nothing)
+        teacher_of(replace(VIEWED, teacher_views=1)).kept(1, nothing)
 
 
 def test_another_teacher_cannot_go_on():

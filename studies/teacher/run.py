@@ -114,7 +114,9 @@ def train(stage: str, arm: str, seed: int, data: Dataset) -> dict[str, object]:
     run = Run(config)
     data = data.to(device)
     learner = kind_of_learner(config, data, device)
-    teacher = kind_of_teacher(config, data, device) if config.teacher else None
+    teacher = kind_of_teacher(config) if config.teacher else None
+    if teacher:
+        teacher.prepare(data, device)
     with run.opened(data, learner, teacher=teacher):
         while run.epoch < config.epochs:
             answers = teacher.answers(run.epoch + 1, run.stop_if_asked) if teacher else None
