@@ -358,10 +358,17 @@ def load_cifar(name: str, data_dir: Path, download: bool, test: bool = True) -> 
 
 def load_unpacked(name: str, data_dir: Path, test: bool) -> Dataset | None:
     """Load the unpacked files in `data_dir`; None if none are there that could be loaded."""
+    from torchvision.datasets import utils
+
     release = RELEASES[name]
     for folder in places(data_dir, release.binary_folder):
         if any(is_there(folder / file) for file in release.binary_files):
-            return load_binary(name, folder, test)
+            try:
+                return load_binary(name, folder, test)
+            except InputError:  # an unpacking that was killed is done again
+                archive = data_dir / release.binary_archive
+                if not utils.check_integrity(archive, release.binary_md5):
+                    raise
     for folder in places(data_dir, release.python_folder):
         if not python_damage(release, folder):
             return load_python(name, folder, test)
@@ -396,7 +403,7 @@ def unpack_archive(release: Release, data_dir: Path, download: bool) -> None:
     from torchvision.datasets import utils
 
     official, problems = release.torchvision, []
-    archives = (official.filename, official.tgz_md5), (release.binary_archive, release.binary_md5)
+    archives = (release.binary_archive, release.binary_md5), (official.filename, official.tgz_md5)
     for name, md5 in archives:
         if utils.check_integrity(data_dir / name, md5):
             utils.extract_archive(data_dir / name, data_dir)

@@ -302,15 +302,20 @@ def damaged(path, how):
 @pytest.mark.parametrize(
     "how", ["truncated", "a record short", "cifar100", "empty", "label", "missing"]
 )
-def test_damaged_binary_file_is_refused_by_name(tiny_cifar10, how):
+def test_damaged_binary_file_is_refused_by_name_or_unpacked_again(tiny_cifar10, how):
+    """A killed unpacking leaves one, too."""
     _, folder = tiny_cifar10
+    archive = folder / CIFAR10.binary_archive
     path = folder / CIFAR10.binary_folder / "data_batch_4.bin"
     path.unlink() if how == "missing" else damaged(path, how)
+    beside = archive.rename("elsewhere")
     with pytest.raises(InputError, match=r"^data_dir: .*data_batch_4\.bin") as error:
         cifar10(folder)
     assert "unpack" in str(error.value)
     if how == "label":
         assert "record 5: label 10" in str(error.value)
+    beside.rename(archive)
+    assert len(cifar10(folder).train) == 100
 
 
 def test_unknown_dataset_is_refused():
