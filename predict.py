@@ -231,22 +231,22 @@ def find_pictures(arguments: tuple[str, ...]) -> list[str]:
             for path in map(Path, found):
                 name = str(path) if str(path) != "-" else os.path.join(".", "-")  # noqa: PTH118
                 names += pictures_in(path) if path.is_dir() else [name]
+            if not names:
+                raise InputError(
+                    f"images: {argument} holds no picture; name another folder, or files"
+                )
             files += dict.fromkeys(names)  # `**` matches a folder, and again what is in it
     return files
 
 
 def pictures_in(folder: Path) -> list[str]:
-    """List the pictures in and below `folder`, and warn about other files.
-
-    Raises:
-        InputError: there are none.
-    """
+    """List the pictures in and below `folder`, and warn about other files."""
     pictures, others = list_files(folder)
-    if not pictures:
-        raise InputError(f"images: {folder} holds no picture; name another folder, or files")
     if others:
-        first = others[0].name
-        warn(f"{folder}: {len(others):,} files that are no pictures were skipped: {first}...")
+        what = f"{len(others):,} files that are no pictures were"
+        if len(others) == 1:
+            what = "1 file that is no picture was"
+        warn(f"{folder}: {what} left out ({others[0].name})")
     return [str(path) for path in pictures]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine.distributed import is_main
-from engine.pictures import list_files, read_or_explain, reader_threads
+from engine.pictures import list_files, picture_suffixes, read_or_explain, reader_threads
 from utils import IMAGE_SIZE, InputError, warn
 
 MAX_CLASSES = 1000
@@ -124,7 +124,7 @@ def read_splits(
 ) -> tuple[tuple[str, ...], list[tuple[Tensor, Tensor]]]:
     """Read the class folders to train on and, `with_test`, those to test on, if there are any.
 
-    A file that is no picture is left out with a warning.
+    A file that is no picture, or in no class folder, is left out with a warning.
 
     Returns:
         The class names, and for each split its images, (N, 3, 32, 32) uint8, and labels, (N,).
@@ -142,6 +142,8 @@ def read_splits(
     splits = [(train, 2), (test, 1)][: 2 if test and with_test else 1]
     listed = [list_classes(folder, names, fewest) for folder, fewest in splits]
     others = [path for _, paths in listed for path in paths]
+    for folder, _ in splits:
+        warn_of_loose_pictures(folder)
     for path in others:
         warn(f"{path}: is no picture by its name; left out")
     read = [
@@ -152,6 +154,15 @@ def read_splits(
     if left_out := num_files - sum(len(labels) for _, labels in read):
         warn(f"data_dir: {left_out:,} of {num_files:,} files are no pictures, and are left out")
     return names, read
+
+
+def warn_of_loose_pictures(folder: Path) -> None:
+    """Warn about pictures beside the class folders in `folder`, which are of no class."""
+    suffixes = picture_suffixes()
+    loose = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in suffixes and p.is_file())
+    if loose:
+        pictures = "1 picture is" if len(loose) == 1 else f"{len(loose):,} pictures are"
+        warn(f"{folder}: {pictures} beside the class folders, in none ({loose[0]}); left out")
 
 
 def list_classes(

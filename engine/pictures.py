@@ -37,11 +37,16 @@ def list_files(folder: Path) -> tuple[list[Path], list[Path]]:
 
     Links are followed; hidden files and folders are skipped.
     """
-    formats, readable = Image.registered_extensions(), readable_formats()
-    suffixes = {suffix for suffix, name in formats.items() if name in readable} | HEIC_SUFFIXES
     files = sorted(files_below(folder), key=Path.as_posix)
+    suffixes = picture_suffixes()
     pictures = [path for path in files if path.suffix.lower() in suffixes]
     return pictures, [path for path in files if path.suffix.lower() not in suffixes]
+
+
+def picture_suffixes() -> set[str]:
+    """The suffixes, in lower case, of the files that are read as pictures."""
+    formats, readable = Image.registered_extensions(), readable_formats()
+    return {suffix for suffix, name in formats.items() if name in readable} | HEIC_SUFFIXES
 
 
 def files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:

@@ -449,6 +449,17 @@ def test_files_that_are_no_pictures_are_left_out_with_a_line_each_and_a_count(ca
         folder()
 
 
+def test_pictures_beside_the_class_folders_are_left_out_with_a_warning(capsys):
+    make_pictures("photos/train", **{"cat": 3, "dog": 3, ".": 2})
+    make_pictures("photos/test", **{"cat": 1, "dog": 1, ".": 1})
+    Path("photos/train/notes.txt").write_text("no picture")
+    assert len(folder().train) == 6
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: photos/train: 2 pictures are beside the class folders, in none (0.png); left out",
+        "warning: photos/test: 1 picture is beside the class folders, in none (0.png); left out",
+    ]
+
+
 def test_validation_images_of_a_class_of_one_are_refused():
     make_pictures("photos", cat=9, dog=2)
     with pytest.raises(InputError, match=r"^val_size: 2, .* one training image alone of dog"):

@@ -283,7 +283,7 @@ def test_bad_pictures_are_a_line_each_and_the_others_are_answered(checkpoint, mo
     out, err = capsys.readouterr()
     (answer,) = out.splitlines()
     assert answer.startswith(f"{folder / 'z.png'}: ")
-    assert "notes.txt" in err
+    assert f"warning: {folder}: 1 file that is no picture was left out (notes.txt)" in err
     assert ".hidden" not in err
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     for (name, (_, problem)), found in zip(BAD.items(), errors, strict=False):
@@ -308,6 +308,7 @@ def test_bad_pictures_are_a_line_each_and_the_others_are_answered(checkpoint, mo
         (["-", "-"], "can be read only once"),
         (["a.eps"], "1 of 1 could not be read"),  # a program that Ghostscript would run
         (["empty"], "empty holds no picture"),
+        (["empt*"], "empt* holds no picture"),
         (["a.png", "--top", "11"], "top: 11 must be an integer from 1 to 10"),
         (["a.png", "--batch-size", "0"], "batch_size: 0"),
         (["a.png", "--csv", "empty"], "csv: empty is a folder; name a file"),
@@ -401,7 +402,8 @@ def test_stdin_pipes_globs_and_folders_name_the_same_picture(checkpoint, monkeyp
     assert b" torch\n" in result.stderr
     assert b" torch._dynamo\n" not in result.stderr  # PyTorch's compiler: as long as the rest
     found = [result.stdout.decode().strip().rpartition(": ")[2]]
-    for source in ("deep", "deep/**/*.png", "deep/**", str(path)):
+    Path("deep/empty").mkdir()
+    for source in ("deep", "deep/**/*.png", "deep/**", "deep/*", str(path)):
         assert run_main("predict", source, "--checkpoint", checkpoint, monkeypatch=monkeypatch) == 0
         (line,) = capsys.readouterr().out.splitlines()
         found.append(line.rpartition(": ")[2])
