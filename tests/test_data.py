@@ -171,6 +171,7 @@ def test_cifar100_has_100_classes_and_its_own_lines(monkeypatch, tmp_path, capsy
     content = bytearray(path.read_bytes())
     content[3 * 3074 + 1] = 100  # the second of two labels
     path.write_bytes(content)
+    next(folder.glob("*.tar.gz")).unlink()
     with pytest.raises(InputError, match=r"record 3: label 100 is not 0 to 99; unpack CIFAR-100's"):
         cifar10(folder, dataset="cifar100")
     with pytest.raises(InputError, match=r"no CIFAR-100 in x; .*put cifar-100-python\.tar\.gz"):
