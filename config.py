@@ -346,7 +346,7 @@ def check_batches(config: Config, num_images: int, num_processes: int = 1) -> No
         )
     last = (num_images % config.batch_size or config.batch_size) // num_processes
     smallest = config.small_size if config.small_fraction else IMAGE_SIZE
-    side = feature_size(len(config.num_blocks), config.stem, config.downsample, smallest)
+    side = feature_size(config, smallest)
     if round(config.keep_fraction * last) < 2 and side == 1:
         raise InputError(
             f"batch_size: {config.batch_size} leaves a batch of one image to train on, from which"
@@ -433,7 +433,7 @@ def parse_command_line(args: list[str]) -> Config:
     # Parsed once to find the preset or file, and once more with its constants as the defaults.
     bare = [arg for arg in args if arg not in ("-h", "--help")]
     preset, path, *_ = parse(bare, "tpsnet", "")
-    if path and preset == parse(bare, "demo", "")[0]:  # whatever the default: it was named
+    if path and preset == parse(bare, "demo", "")[0]:  # the same for two defaults, so it was named
         raise InputError(f"config: {path!r} beside the preset {preset}; leave one of them out")
     *_, config = parse(args, preset, path)
     return config

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 import augment
 from config import Config, image_size, steps_per_epoch, view_of
 from engine.distributed import num_processes, rank
-from utils import IMAGE_SIZE, InputError, first_line, generator, warn
+from utils import IMAGE_SIZE, InputError, check_fields, first_line, generator, warn
 
 # Class names, and the mean and std per channel over all pixels of the training images, scaled to
 # [0, 1]. The std that many repositories copy for CIFAR-10, (0.2023, 0.1994, 0.2010), is another
@@ -244,15 +244,6 @@ def soft_labels(labels: Tensor, config: Config) -> Tensor:
     return hard * (1 - config.label_smoothing) + config.label_smoothing / config.num_classes
 
 
-def eval_batches(images: Tensor, normalize: Normalize) -> Iterator[Tensor]:
-    """Yield (N, 3, 32, 32) uint8 images in order, normalized, in batches of EVAL_BATCH.
-
-    Under torchrun each process gets every n-th batch.
-    """
-    for batch in images.split(EVAL_BATCH)[rank() :: num_processes()]:
-        yield normalize(batch / 255)
-
-
 # ---------------------------------------------------------------- loading
 
 
@@ -262,19 +253,12 @@ def class_names_of(config: Config) -> tuple[str, ...]:
     Raises:
         InputError: there is no such data set, or the class folders are wrong (engine/folders.py).
     """
-    check_known(config.dataset)
+    check_fields(config)
     if config.dataset == "folder":
         from engine.folders import class_names, find_splits  # torch.hub lacks their libraries
 
         return class_names(find_splits(Path(config.data_dir).expanduser())[0])
     return tuple(FACTS[config.dataset][0])
-
-
-def check_known(dataset: object) -> None:
-    """Raise InputError unless `dataset` is one of ours."""
-    known = [*FACTS, "folder"]
-    if dataset not in known:
-        raise InputError(f"dataset: {dataset!r} is not one of {', '.join(known)}")
 
 
 def load_data_of(path: Path, info: dict[str, object], data_dir: str, download: bool) -> Dataset:
@@ -324,7 +308,7 @@ def load_dataset(config: Config, test: bool = True) -> Dataset:
     Raises:
         InputError: a file is missing, damaged or foreign, or a size is out of range.
     """
-    check_known(config.dataset)
+    check_fields(config)
     data_dir = Path(config.data_dir).expanduser()  # torchvision does so for its download alone
     if config.dataset == "digits":
         dataset = load_digits(test)
@@ -335,7 +319,7 @@ def load_dataset(config: Config, test: bool = True) -> Dataset:
     return take_training(split_validation(dataset, config.val_size), config.train_size)
 
 
-def load_cifar(name: str, data_dir: Path, download: bool, test: bool = True) -> Dataset:
+def load_cifar(name: str, data_dir: Path, download: bool, test: bool) -> Dataset:
     """Load the unpacked files of CIFAR; without them, first unpack an archive or download it.
 
     Args:
@@ -446,7 +430,7 @@ def python_damage(release: Release, folder: Path) -> str | None:
     return None
 
 
-def load_python(name: str, folder: Path, test: bool = True) -> Dataset:
+def load_python(name: str, folder: Path, test: bool) -> Dataset:
     """Load CIFAR in the layout for Python: pickles, which must be known to be official."""
     release, splits = RELEASES[name], []
     for files in (release.torchvision.train_list, release.torchvision.test_list)[: 1 + test]:
@@ -460,15 +444,15 @@ def load_python(name: str, folder: Path, test: bool = True) -> Dataset:
     return make_dataset(name, *splits)
 
 
-def load_binary(name: str, folder: Path, test: bool = True) -> Dataset:
+def load_binary(name: str, folder: Path, test: bool) -> Dataset:
     """Load CIFAR in the official binary layout: files of records, labels then pixels.
 
     Files whose SHA-1 is not the official one are reported in a warning, and recorded.
     """
     release = RELEASES[name]
     *training, last = release.binary_files
-    names = [*training, last] if test else training
-    files = {file: read_binary(name, folder / file) for file in names}
+    groups = (training, [last])[: 1 + test]
+    files = {file: read_binary(name, folder / file) for group in groups for file in group}
     unofficial = tuple(
         file
         for file, records in files.items()
@@ -479,14 +463,11 @@ def load_binary(name: str, folder: Path, test: bool = True) -> Dataset:
             f"{folder}: {len(unofficial)} of {len(files)} files differ from the official"
             f" {release.title} (SHA-1); recorded with the model"
         )
-    batches = [torch.from_numpy(records) for records in files.values()]
-    labels = release.label_bytes
-    splits = [
-        Split(
-            records[:, labels:].reshape(-1, 3, 32, 32).contiguous(), records[:, labels - 1].long()
-        )
-        for records in (torch.cat(batches[: len(training)]), *batches[len(training) :])
-    ]
+    splits = []
+    for group in groups:
+        records = torch.from_numpy(np.concatenate([files[file] for file in group]))
+        images = records[:, release.label_bytes :].reshape(-1, 3, 32, 32).contiguous()
+        splits.append(Split(images, records[:, release.label_bytes - 1].long()))
     return make_dataset(name, *splits, unofficial=unofficial)
 
 
@@ -519,7 +500,7 @@ def read_binary(name: str, path: Path) -> np.ndarray:
     return records
 
 
-def load_digits(test: bool = True) -> Dataset:
+def load_digits(test: bool) -> Dataset:
     """1,797 handwritten digits of 8x8 pixels, enlarged to 32x32x3, split 80/20 stratified."""
     from sklearn import datasets
 
@@ -531,7 +512,7 @@ def load_digits(test: bool = True) -> Dataset:
     return make_dataset("digits", train, held_out if test else None)
 
 
-def load_folder(data_dir: Path, test: bool = True) -> Dataset:
+def load_folder(data_dir: Path, test: bool) -> Dataset:
     """Load pictures of the user's own from a folder for each class.
 
     Without test folders, a fifth of each class is set aside. Mean and std are those of the training
@@ -539,13 +520,13 @@ def load_folder(data_dir: Path, test: bool = True) -> Dataset:
     """
     from engine.folders import find_splits, read_splits
 
-    folders = find_splits(data_dir)
-    if folders[1] == data_dir / "test" and (data_dir / "val").is_dir():
+    train_folder, test_folder = find_splits(data_dir)
+    if test_folder == data_dir / "test" and (data_dir / "val").is_dir():
         warn(f"{data_dir / 'val'}: not used beside test; --val-size sets training images aside")
-    names, found = read_splits(*folders, with_test=test)
+    names, found = read_splits(train_folder, test_folder, with_test=test)
     every, *tests = (Split(*pair) for pair in found)
     order = random_order(every)
-    if folders[1] is None:
+    if test_folder is None:
         held_out = first_fifth(every.labels[order])
         tests = [every[order[held_out]]] if test else []
         order = order[~held_out]

@@ -156,6 +156,7 @@ def export(
     )
     eager = partial(open_eager, network)
     expected = logits_of(eager, test)
+    largest = expected.abs().max().item()
     verdicts = [verify("PyTorch", 0, eager, test, expected)]
     print(verdicts[0], flush=True)
     refused, files, made = [], [], {}
@@ -170,24 +171,18 @@ def export(
         verdict = verdict._replace(name=kind)
         verdicts.append(verdict)
         print(verdict, flush=True)
-        drop = verdicts[0].accuracy - verdict.accuracy
-        allowed = MAX_DIFFERENCE * max(1, expected.abs().max().item())
-        if loses_too_much(drop, max_drop, len(test)):
-            refused.append(f"max_drop: {kind} loses {drop:.2f} points, {max_drop:g} are allowed")
-        elif kind in ("onnx", "pte") and verdict.difference > allowed:
-            refused.append(
-                f"format: {kind} differs by {verdict.difference:.1e}, more than rounding"
-            )
-        else:
-            contents = {file_name(name, kind): content}
-            if kind == "page":
-                shown = {"accuracy": verdict.accuracy, "test_images": len(test)}
-                shown["examples"] = choose_examples(test, info["class_names"], examples)
-                contents = page_files(content, facts | shown)
-            for file, whole in contents.items():
-                files.append(out / file)
-                with atomic_path(files[-1]) as temporary:
-                    temporary.write_bytes(whole)
+        if reason := why_refused(verdict, verdicts[0], max_drop, len(test), largest):
+            refused.append(reason)
+            continue
+        contents = {file_name(name, kind): content}
+        if kind == "page":
+            shown = {"accuracy": verdict.accuracy, "test_images": len(test)}
+            shown["examples"] = choose_examples(test, info["class_names"], examples)
+            contents = page_files(content, facts | shown)
+        for file, whole in contents.items():
+            files.append(out / file)
+            with atomic_path(files[-1]) as temporary:
+                temporary.write_bytes(whole)
     print()
     for file in files:
         print(f"file: {printable(file.as_posix())}")
@@ -316,6 +311,23 @@ def verify(name: str, size: int, opener: Opener, test: Split, expected: Tensor) 
         single_ms=latency(classifier, images[:1], 50),
         batch_ms=latency(classifier, images, 10) / LARGE_BATCH if takes_batches else None,
     )
+
+
+def why_refused(
+    verdict: Verdict, eager: Verdict, max_drop: float, num_images: int, largest: float
+) -> str | None:
+    """The reason not to write a format, if there is one.
+
+    Args:
+        eager: the verdict on PyTorch itself.
+        largest: the largest of its logits, by magnitude.
+    """
+    drop = eager.accuracy - verdict.accuracy
+    if loses_too_much(drop, max_drop, num_images):
+        return f"max_drop: {verdict.name} loses {drop:.2f} points, {max_drop:g} are allowed"
+    if verdict.name in ("onnx", "pte") and verdict.difference > MAX_DIFFERENCE * max(1, largest):
+        return f"format: {verdict.name} differs by {verdict.difference:.1e}, more than rounding"
+    return None
 
 
 def loses_too_much(drop: float, max_drop: float, num_images: int) -> bool:

@@ -105,7 +105,7 @@ class Learner:
             distributed.sum_gradients(self.model)
             for optimizer in self.optimizers:
                 optimizer.step()
-        finally:  # if it cannot be recorded, too: such gradients are no numbers
+        finally:  # also after a failed recording, which leaves gradients without values
             self.model.zero_grad()  # here, before memory peaks at the end of the next forward pass
 
     def synchronize(self) -> None:

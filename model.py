@@ -138,15 +138,16 @@ class ResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(a.c1)
         self.relu = nn.ReLU(inplace=True)
         stages, in_channels = [], a.c1
-        for i, (depth, channels) in enumerate(zip(a.num_blocks, stage_channels(a), strict=True)):
-            blocks = []
+        for i, channels in enumerate(stage_channels(a)):
+            blocks, conv_kernel, skip_kernel = [], conv_kernels[i], skip_kernels[i]
             if a.downsample == "pool":
-                blocks.append(PooledConv(in_channels, channels, conv_kernels[i]))
+                blocks.append(PooledConv(in_channels, channels, conv_kernel))
                 in_channels = channels
-            for j in range(depth):
+            for j in range(a.num_blocks[i]):
                 stride = 2 if a.downsample == "stride" and i > 0 and j == 0 else 1
-                kernels = (conv_kernels[i], skip_kernels[i])
-                blocks.append(BasicBlock(in_channels, channels, stride, *kernels, a.dropout))
+                blocks.append(
+                    BasicBlock(in_channels, channels, stride, conv_kernel, skip_kernel, a.dropout)
+                )
                 in_channels = channels
             stages.append(nn.Sequential(*blocks))
         self.stages = nn.Sequential(*stages)
@@ -214,7 +215,7 @@ def pool_window(images: Tensor, architecture: Architecture) -> int:
             f"images: {tuple(images.shape)}, not (N, 3, {IMAGE_SIZE}, {IMAGE_SIZE});"
             f" make them RGB of {IMAGE_SIZE}x{IMAGE_SIZE} pixels"
         )
-    return min(a.pool_kernel, feature_size(len(a.num_blocks), a.stem, a.downsample, size))
+    return min(a.pool_kernel, feature_size(a, size))
 
 
 def stage_channels(architecture: Architecture) -> tuple[int, ...]:
@@ -228,19 +229,19 @@ def per_stage(kernel: int | tuple[int, ...], num_stages: int) -> tuple[int, ...]
     return (kernel,) * num_stages if isinstance(kernel, int) else tuple(kernel)
 
 
-def feature_size(num_stages: int, stem: str, downsample: str, image_size: int = IMAGE_SIZE) -> int:
+def feature_size(architecture: Architecture, image_size: int = IMAGE_SIZE) -> int:
     """Side of the last stage's feature map, in pixels."""
-    halvings = num_stages if downsample == "pool" else num_stages - 1
-    size = image_size - 1 if stem == "whitening" else image_size
-    # A stride rounds odd sizes up and pooling rounds them down.
-    return size // 2**halvings if downsample == "pool" else -(-size // 2**halvings)
+    num_stages = len(architecture.num_blocks)
+    size = image_size - 1 if architecture.stem == "whitening" else image_size
+    if architecture.downsample == "pool":  # in every stage; rounds odd sizes down
+        return size // 2**num_stages
+    return -(-size // 2 ** (num_stages - 1))  # a stride, in all but the first; rounds them up
 
 
 def pooled_size(architecture: Architecture, image_size: int = IMAGE_SIZE) -> int:
     """Side of the pooled feature map, in pixels; 0 if the images are too small."""
-    a = architecture
-    size = feature_size(len(a.num_blocks), a.stem, a.downsample, image_size)
-    return size // min(a.pool_kernel, size) if size else 0
+    size = feature_size(architecture, image_size)
+    return size // min(architecture.pool_kernel, size) if size else 0
 
 
 def check_architecture(architecture: Architecture) -> None:
@@ -266,7 +267,7 @@ def check_architecture(architecture: Architecture) -> None:
                 raise InputError(f"{name}: {size} is even; use an odd size such as {size - 1}")
     if a.stem == "whitening" and a.c1 != 24:
         raise InputError(f"c1: {a.c1} with a whitening stem, which has 24 filters; use 24")
-    size = feature_size(num_stages, a.stem, a.downsample)
+    size = feature_size(a)
     if a.pool_kernel > size:
         raise InputError(
             f"pool_kernel: {a.pool_kernel} is larger than the {size}x{size} feature map"
@@ -348,19 +349,14 @@ def num_parameters(architecture: Architecture) -> int:
         return count_parameters(ResNet(architecture))
 
 
-def check_budget(architecture: Architecture, max_params: int = MAX_PARAMS) -> int:
-    """Count the parameters of an architecture.
-
-    Raises:
-        InputError: they are more than `max_params`, or the network cannot be built.
-    """
+def check_budget(architecture: Architecture, max_params: int = MAX_PARAMS) -> None:
+    """Raise InputError if a network has over `max_params` parameters, or cannot be built."""
     num_params = num_parameters(architecture)
     if num_params > max_params:
         raise InputError(
             f"max_params: this network has {num_params:,} parameters, over the limit of"
             f" {max_params:,}; use {smaller(architecture, max_params)}, or raise --max-params"
         )
-    return num_params
 
 
 def smaller(architecture: Architecture, max_params: int) -> str:

@@ -182,11 +182,9 @@ def check_data(path: Path, info: dict[str, object], data: Dataset) -> None:
             " may be in the test now"
         )
         return
-    copies = {
-        "official" if info.get("unofficial_data_files") == [] else trained_with,
-        data.fingerprint if data.unofficial else "official",
-    }
-    if copies == {"official", APPROXIMATE_COPY}:
+    theirs = "official" if info.get("unofficial_data_files") == [] else trained_with
+    ours = data.fingerprint if data.unofficial else "official"
+    if {theirs, ours} == {"official", APPROXIMATE_COPY}:
         print(
             f"{shown(path)}: trained on another copy of CIFAR-10; 104 of the 60,000 images, 23 of"
             " them in the test set, differ slightly"

@@ -156,8 +156,6 @@ def atomic_path(path: str | Path, keep: Path | None = None) -> Iterator[Path]:
         temporary.replace(path)
         with contextlib.suppress(OSError):  # some network file systems refuse it
             flush_to_disk(path.parent)
-    except BrokenPipeError:
-        raise  # from what the block prints, not from a file
     except OSError as error:
         raise InputError(
             f"{path}: cannot be written ({error.strerror or first_line(error)}); what was there"
@@ -171,7 +169,8 @@ def atomic_path(path: str | Path, keep: Path | None = None) -> Iterator[Path]:
 def check_output(name: str, path: str) -> None:
     """Raise InputError unless the option `name` can write the file `path`; it may be empty.
 
-    What it replaces must be of its kind: to `predict.py --csv *.jpg` the first picture is the file.
+    A file that is there must have its suffix: in `predict.py --csv *.jpg` the first picture is the
+    file.
     """
     if not path:
         return

@@ -43,14 +43,10 @@ PREVIOUS = "previous.pt"  # the training state that was saved before the last on
 def save_model(path: str | Path, model: nn.Module, metadata: dict[str, object]) -> None:
     """Write weights and metadata to one `.safetensors` file, whole or not at all.
 
-    The wrappers of DDP and torch.compile are taken off, so that names never carry their prefixes.
-
     Args:
         metadata: JSON values; at least the `mean` and `std` of the normalization, the `class_names`
             of the logits, and the `dataset` that the model is tested on.
     """
-    while (inner := getattr(model, "module", getattr(model, "_orig_mod", None))) is not None:
-        model = inner
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     described = {"architecture": asdict(model.architecture), **metadata}
     check_metadata(described)
@@ -162,35 +158,6 @@ def find_checkpoint(path: Path) -> Path:
         f"checkpoint: {path.as_posix()} holds no run and no released model; train one with"
         " `python train.py demo`, or name a file"
     )
-
-
-def load_other(
-    field: str, named: str, run: str, resume: bool
-) -> tuple[Path, ResNet, dict[str, object]]:
-    """Load the network that a field of a run names: that of another run, or a released one.
-
-    Returns: its file, and what `load_model` returns.
-
-    Raises:
-        InputError: it is no network, or that of this run; or a folder of several is named.
-    """
-    try:
-        path = find_checkpoint(Path(named))
-        model, info = load_model(path)
-    except InputError as error:
-        problem = str(error).removeprefix("checkpoint: ")
-        if resume:  # another file would be refused
-            problem = f"{problem.partition(';')[0]}; restore it, which --resume needs"
-        raise InputError(f"{field}: {problem}") from None
-    if path.resolve().parent == (CHECKPOINTS / run).resolve():
-        raise InputError(f"{field}: {named} is the network of this run itself; give another --name")
-    known_as = path.parent.name, path.name, path.stem
-    if not Path(named).is_file() and Path(named).name not in known_as:
-        raise InputError(  # the newest of them is another one tomorrow
-            f"{field}: {named} is a folder of several networks; name one of them, such as"
-            f" {path.as_posix()}"
-        )
-    return path, model, info
 
 
 def network_in(folder: Path) -> Path | None:

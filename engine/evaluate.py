@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data import EVAL_BATCH, Normalize, Split, eval_batches
+from data import EVAL_BATCH, Normalize, Split
 from engine.checkpoint import TEMPERATURES
 from engine.distributed import all_reduce_sum, num_processes, rank
 
@@ -39,8 +39,9 @@ def classify(
     was_training = model.training
     model.eval()
     logits = torch.zeros(len(images), model.linear.out_features, device=images.device)
-    outputs = logits.split(EVAL_BATCH)[rank() :: num_processes()]
-    for x, out in zip(eval_batches(images, normalize), outputs, strict=True):
+    batches = list(zip(images.split(EVAL_BATCH), logits.split(EVAL_BATCH), strict=True))
+    for batch, out in batches[rank() :: num_processes()]:
+        x = normalize(batch / 255)
         out.copy_((model(x) + model(x.flip(-1))) / 2 if flip_tta else model(x))
         if after_batch:
             after_batch()

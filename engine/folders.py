@@ -120,7 +120,7 @@ def count_pictures(data_dir: Path) -> dict[str, int]:
 
 
 def read_splits(
-    train: Path, test: Path | None, with_test: bool = True
+    train: Path, test: Path | None, with_test: bool
 ) -> tuple[tuple[str, ...], list[tuple[Tensor, Tensor]]]:
     """Read the class folders to train on and, `with_test`, those to test on, if there are any.
 

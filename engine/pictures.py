@@ -17,8 +17,8 @@ from torch import Tensor
 from utils import IMAGE_SIZE, first_line, warn
 
 MAX_READERS = 4  # pictures decoded at once: each can take a gigabyte
-# What turns a picture upright, by its EXIF orientation. Pillow's exif_transpose also writes the
-# other tags again, and fails at those that break the standard.
+# The operation that turns a picture upright, by its EXIF orientation. Pillow's exif_transpose also
+# writes the other tags again, and fails at those that break the standard.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

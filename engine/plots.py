@@ -84,7 +84,8 @@ def confusion_matrix(
     axes = figure.subplots()
     # The square root spreads out the few percent in which classes differ.
     axes.imshow(np.sqrt(fractions), cmap="Blues", vmin=0, vmax=1)
-    for (true, predicted), count in () if many else np.ndenumerate(counts):
+    cells = () if many else np.ndenumerate(counts)
+    for (true, predicted), count in cells:
         if count:
             dark = np.sqrt(fractions[true, predicted]) > 0.6
             axes.text(

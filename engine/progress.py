@@ -151,8 +151,8 @@ class WandbRun:
     """A Weights & Biases run that can never stop the training.
 
     The library is imported only if it is used. The first failure, of whatever kind, prints one
-    warning and switches it off. The project, the name and all else that W&B's own environment
-    variables or settings files set is theirs; what they leave open is ours.
+    warning and switches it off. What W&B's own environment variables or settings files set, such
+    as the project, wins over ours.
 
     Args:
         mode: `online`, `offline`, `disabled`, or `auto`: as W&B's own settings are, but offline

@@ -63,7 +63,7 @@ class Recorded:
         return tuple(result.clone() for result in results)  # the next replay writes over them
 
     def _record(self, given: tuple[object, ...]) -> tuple:
-        """Returns the graph, the arguments it reads and the results it writes; nothing is run."""
+        """Record a call: its graph, the arguments it reads, the results it writes. None is run."""
         held = [value.clone() if isinstance(value, Tensor) else value for value in given]
         self._memory = self._memory or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()

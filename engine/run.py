@@ -369,9 +369,10 @@ class Run:
         for name in reversed(RUN_FILES):
             (self.folder / name).unlink(missing_ok=True)
         logs = self.folder / "wandb"
-        for log in () if logs.is_symlink() else logs.glob("*run-*"):
-            if not (self.wandb and log.name.endswith(f"-{self.wandb.id}")):
-                shutil.rmtree(log, ignore_errors=True)
+        if not logs.is_symlink():
+            for log in logs.glob("*run-*"):
+                if not (self.wandb and log.name.endswith(f"-{self.wandb.id}")):
+                    shutil.rmtree(log, ignore_errors=True)
 
     def _write_log(self) -> None:
         if is_main():
@@ -413,7 +414,7 @@ class Run:
         save_model(self.folder / "model.safetensors", self.learner.eval_model, metadata)
 
     def _origin(self) -> dict[str, object]:
-        """What the network was trained by, which stays if a finished run is only tested again."""
+        """Precision, versions and commit of the training; kept if it is only tested again."""
         dtype = compute_dtype(self.data.train.labels.device, self.config.bfloat16)
         origin = {
             "trained_in": dtype_name(dtype),
@@ -456,9 +457,9 @@ class Run:
 
 
 def remove_runs(runs: list[Run]) -> None:
-    """Remove what is in the folders of several runs that are to overwrite it.
+    """Remove the old runs in the folders of several runs that overwrite them.
 
-    All at once, or a stop would leave old ones that --resume took for runs of these.
+    All before the first training: after a stop, --resume would take one that is left for its own.
 
     Raises:
         InputError: one of the folders is in use, or cannot be written; nothing was removed.
@@ -529,7 +530,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 def why_unusable(folder: Path, error: OSError) -> str:
-    """What is wrong with a folder that cannot be created, written or locked, and the remedy."""
+    """Explain why a folder cannot be created, written or locked, with the remedy."""
     for path in (folder, *folder.parents):
         if path.is_symlink() and not path.exists():
             to = path.readlink()

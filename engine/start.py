@@ -1,34 +1,76 @@
-"""A trained network from whose weights another one starts, for the same classes or others."""
+"""Trained networks that a run names, and the one from whose weights it starts."""
 
 import hashlib
-from dataclasses import fields, replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from config import Config
 from data import Dataset
-from engine.checkpoint import load_other
+from engine.checkpoint import find_checkpoint, load_model
 from model import Architecture, per_stage, stage_channels
-from utils import InputError, part_of
+from utils import CHECKPOINTS, InputError, part_of
 
 
-class Start:
+class NamedNetwork:
+    """The network that a constant of a run names: that of another run, or a released one.
+
+    A resumed run must be given the same file.
+
+    Args:
+        field: the name of the constant, `init` or `teacher`.
+
+    Raises:
+        InputError: it is no network, or that of this run; or a folder of several is named.
+    """
+
+    def __init__(self, field: str, config: Config) -> None:
+        self.field, self.name = field, getattr(config, field)
+        try:
+            self.path = find_checkpoint(Path(self.name))
+            self.model, self.info = load_model(self.path)
+        except InputError as error:
+            problem = str(error).removeprefix("checkpoint: ")
+            if config.resume:  # another file would be refused
+                problem = f"{problem.partition(';')[0]}; restore it, which --resume needs"
+            raise InputError(f"{field}: {problem}") from None
+        if self.path.resolve().parent == (CHECKPOINTS / config.name).resolve():
+            raise InputError(
+                f"{field}: {self.name} is the network of this run itself; give another --name"
+            )
+        known_as = self.path.parent.name, self.path.name, self.path.stem
+        if not Path(self.name).is_file() and Path(self.name).name not in known_as:
+            raise InputError(  # the newest of them is another one tomorrow
+                f"{field}: {self.name} is a folder of several networks; name one of them, such as"
+                f" {self.path.as_posix()}"
+            )
+        self.sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
+
+    def state_dict(self) -> dict[str, str]:
+        """The network that a run was started with."""
+        return {"sha256": self.sha256}
+
+    def load_state_dict(self, state: dict[str, str]) -> None:
+        """Raise ValueError if a run was started with another network."""
+        if state["sha256"] != self.sha256:
+            raise ValueError(
+                f"{self.field}: {self.path.as_posix()} is not the file that it was started with"
+            )
+
+
+class Start(NamedNetwork):
     """The network in `config.init`.
 
     Raises:
-        InputError: the file is no network, is that of this run, or has another architecture; or a
-            folder of several is named.
+        InputError: it has another architecture; or as for every `NamedNetwork`.
     """
 
     def __init__(self, config: Config) -> None:
-        self.name = config.init
-        self.path, self.model, self.info = load_other(
-            "init", config.init, config.name, config.resume
-        )
-        self.sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
-        theirs, ours = (comparable(a) for a in (self.model.architecture, config))
-        different = [f.name for f in fields(Architecture) if theirs[f.name] != ours[f.name]]
+        super().__init__("init", config)
+        theirs, ours = comparable(self.model.architecture), comparable(config)
+        different = [name for name in theirs if theirs[name] != ours[name]]
         if different:
             has, wants = (
                 ", ".join(f"{name} {values[name]}" for name in different)
@@ -60,18 +102,9 @@ class Start:
         """The file, as it was named, and its hash: what a model file records."""
         return {"name": self.name, "sha256": self.sha256}
 
-    def state_dict(self) -> dict[str, str]:
-        """The weights that a run was started with."""
-        return {"sha256": self.sha256}
-
-    def load_state_dict(self, state: dict[str, str]) -> None:
-        """Raise ValueError if a run was started with other weights."""
-        if state["sha256"] != self.sha256:
-            raise ValueError(f"{self.path.as_posix()} is not the file that it was started from")
-
 
 def comparable(architecture: Architecture) -> dict[str, object]:
-    """All that two networks must share so that one can start from the weights of the other."""
+    """Everything that two networks must share so that one can start from the other's weights."""
     stages = len(architecture.num_blocks)
     plain = replace(
         part_of(architecture, Architecture),
@@ -83,4 +116,4 @@ def comparable(architecture: Architecture) -> dict[str, object]:
         classifier_dropout=0.0,
         num_classes=2,
     )
-    return {f.name: getattr(plain, f.name) for f in fields(Architecture)}
+    return asdict(plain)

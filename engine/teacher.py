@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from config import Config, Data, view_of
 from data import EVAL_BATCH, Answers, Dataset, augmented
-from engine.checkpoint import checksum, load_other
+from engine.checkpoint import checksum
 from engine.distributed import (
     all_reduce_max,
     all_reduce_sum,
@@ -29,6 +29,7 @@ from engine.distributed import (
     num_processes,
     rank,
 )
+from engine.start import NamedNetwork
 from learner import memory_format
 from utils import CHECKPOINTS, InputError, atomic_path, check_writable, part_of, warn, write_json
 
@@ -36,19 +37,12 @@ from utils import CHECKPOINTS, InputError, atomic_path, check_writable, part_of,
 NOT_OF_VIEWS = {"small_fraction", "small_size", "small_images", "mixing"}
 
 
-class Teacher:
-    """The network in `config.teacher`, and the answers of it that are kept.
-
-    Raises:
-        InputError: it is no network, or that of this run; or a folder of several is named.
-    """
+class Teacher(NamedNetwork):
+    """The network in `config.teacher`, and its answers that are kept."""
 
     def __init__(self, config: Config) -> None:
+        super().__init__("teacher", config)
         self.config = config
-        self.path, self.model, self.info = load_other(
-            "teacher", config.teacher, config.name, config.resume
-        )
-        self.sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
 
     def prepare(self, data: Dataset, device: torch.device) -> None:
         """Make ready to answer about these images, on `device`.
@@ -135,7 +129,7 @@ class Teacher:
 
     @property
     def described(self) -> dict[str, object]:
-        """All that the answers depend on, but the number of the view."""
+        """Everything that the answers depend on, except the number of the view."""
         constants = asdict(part_of(self.config, Data))
         views = {name: value for name, value in constants.items() if name not in NOT_OF_VIEWS}
         if not self.config.trivial_augment:  # a constant that is newer than many kept answers
@@ -150,15 +144,6 @@ class Teacher:
         is_users = self.data.name == "folder"
         beside = CHECKPOINTS if is_users else Path(self.config.data_dir).expanduser()
         return beside / "answers" / name[:16]
-
-    def state_dict(self) -> dict[str, object]:
-        """The teacher that a run was started with."""
-        return {"sha256": self.sha256}
-
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        """Raise ValueError if a run was started with another teacher."""
-        if state["sha256"] != self.sha256:
-            raise ValueError(f"{self.config.teacher} is not the teacher that it was started with")
 
 
 def write_answers(path: Path, logits: Tensor) -> None:

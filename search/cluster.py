@@ -19,7 +19,7 @@ from utils import CHECKPOINTS, InputError, first_line
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKER_TIMEOUT = 45  # seconds for a worker process to start
-# Whether Ray listens on the network; on Windows and macOS it does not by default.
+# 0 keeps Ray off the network, which is its default on Windows and macOS alone.
 LISTEN = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # send nothing
@@ -122,8 +122,10 @@ def cgroup_quotas(root: Path) -> list[int]:
     with contextlib.suppress(OSError):  # not on Linux
         for line in (root / "proc/self/cgroup").read_text().splitlines():
             hierarchy, _, name = line.split(":", 2)
+            if hierarchy != "0":  # of version 1
+                continue
             group = PurePosixPath(name)
-            for folder in (group, *group.parents) if hierarchy == "0" else ():
+            for folder in (group, *group.parents):
                 path = root / "sys/fs/cgroup" / folder.relative_to("/") / "cpu.max"
                 with contextlib.suppress(OSError, ValueError):  # no such file, or no limit: "max"
                     quota, period = map(int, path.read_text().split())

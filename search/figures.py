@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 
 from engine.evaluate import half_width
 from engine.plots import BLUE, GREY, ORANGE, save
-from model import MAX_PARAMS, Architecture, check_budget, feature_size
+from model import MAX_PARAMS, Architecture, feature_size, num_parameters
 from search.space import PER_STAGE
 
 EFFECTS = (
@@ -151,11 +151,9 @@ def blocks_and_channels(
 
 def largest_depth(c1: int, num_stages: int, width: int, max_params: int) -> float:
     """The blocks per stage, not rounded, at which a network of 3x3 blocks reaches the budget."""
-    pool_kernel = feature_size(num_stages, "conv", "stride")
+    pool_kernel = feature_size(Architecture((1,) * num_stages))
     one, two = (
-        check_budget(
-            Architecture((n,) * num_stages, int(c1), width, pool_kernel=pool_kernel), 10**12
-        )
+        num_parameters(Architecture((n,) * num_stages, int(c1), width, pool_kernel=pool_kernel))
         for n in (1, 2)
     )
     return 1 + (max_params - one) / (two - one)  # every further block adds as many
@@ -367,11 +365,11 @@ def permutation_importance(
     drops, errors, total = [], 0.0, 0.0
     for seen, held_out in RepeatedKFold(n_splits=5, n_repeats=2, random_state=0).split(x):
         forest = RandomForestRegressor(n_estimators=50, random_state=0).fit(x[seen], y[seen])
-        rest = (x[held_out], y[held_out])
+        new_x, new_y = x[held_out], y[held_out]
         found = shuffled(
-            forest, *rest, n_repeats=5, scoring="neg_mean_squared_error", random_state=0
+            forest, new_x, new_y, n_repeats=5, scoring="neg_mean_squared_error", random_state=0
         )
         drops.append(found.importances_mean / y.var())
-        errors += ((forest.predict(rest[0]) - rest[1]) ** 2).sum()
-        total += ((y[seen].mean() - rest[1]) ** 2).sum()
+        errors += ((forest.predict(new_x) - new_y) ** 2).sum()
+        total += ((y[seen].mean() - new_y) ** 2).sum()
     return np.array(drops), 1 - errors / total

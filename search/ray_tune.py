@@ -40,7 +40,7 @@ LOCK_TIMEOUT = 60  # seconds for a killed process to release the lock of its tri
 
 
 def folder_exists(folder: str) -> bool:
-    """Whether this process sees the folder. To call it, a worker has to import this module."""
+    """True if this process sees the folder. A worker must import this module to call it."""
     return Path(folder).is_dir()
 
 
@@ -229,13 +229,12 @@ def run_trials(trials: Trials, data: Dataset, resources: dict[str, float]) -> No
     if search.grace_epochs < search.epochs:  # ASHA first needs the accuracies to compare with
         numbers = [*sorted(ended), *numbers]
     monitor = Monitor(trials)
-    given = {"trials": trials, "root": str(Path.cwd()), "data": data}
-    scratch = tempfile.TemporaryDirectory(  # in the folder that all machines share; never read
+    trainable = tune.with_parameters(run_trial, trials=trials, root=str(Path.cwd()), data=data)
+    with tempfile.TemporaryDirectory(  # in the folder that all machines share; never read
         prefix=utils.TEMPORARY, dir=trials.path.resolve(), ignore_cleanup_errors=True
-    )
-    with scratch:
+    ) as scratch:
         tuner = tune.Tuner(
-            tune.with_resources(tune.with_parameters(run_trial, **given), resources),
+            tune.with_resources(trainable, resources),
             param_space={"number": tune.grid_search(numbers)},
             tune_config=tune.TuneConfig(
                 scheduler=ASHA(
@@ -249,7 +248,7 @@ def run_trials(trials: Trials, data: Dataset, resources: dict[str, float]) -> No
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
-                name="ray", storage_path=scratch.name, callbacks=[monitor], stop=monitor, verbose=0
+                name="ray", storage_path=scratch, callbacks=[monitor], stop=monitor, verbose=0
             ),
         )
         try:

@@ -1,6 +1,5 @@
 """A search from its options to best.json: start or resume it, run its trials, show the result."""
 
-import signal
 import time
 from collections import Counter
 from collections.abc import Collection
@@ -16,7 +15,7 @@ from search import figures
 from search.cluster import ray_started, trial_resources, trials_at_once
 from search.space import SPACE, Search, Space, check_search, check_space, with_defaults
 from search.trials import METRIC, Row, Trials, read_record, write_record
-from utils import CHECKPOINTS, InputError, SearchError, StoppedError, first_line, quoted
+from utils import CHECKPOINTS, InputError, SearchError, first_line, quoted
 
 
 def main(args: list[str], space: Space = SPACE) -> None:
@@ -183,11 +182,7 @@ def finish(trials: Trials, received: int) -> None:
         rejected = sum(row["rejected"] or 0 for row in rows)
         print(f"{len(rows)} trials: {ends}; {rejected:,} samples were rejected before they ran")
     if received:
-        raise StoppedError(
-            received,
-            f"stopped by {signal.Signals(received).name}, saved in {trials.path};"
-            f" --resume {search.name} goes on",
-        )
+        end_by_signal(received, f"and saved in {trials.path}; --resume {search.name} goes on")
     if left := search.num_samples - len(trials.ended()):
         print(f"{left} trials are left: --resume {search.name} goes on")
     failed = [row["error"] for row in rows if row["status"] == "failed"]

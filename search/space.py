@@ -192,10 +192,9 @@ def configuration(sample: Sample, base: Config) -> Config:
     }
     if sample["same_blocks"]:
         shape["num_blocks"] = shape["num_blocks"][:1] * stages
-    size = feature_size(stages, base.stem, base.downsample)
-    shape["pool_kernel"] = max(1, size // sample["pooled_size"])
     constants = {constant.name for constant in fields(Config)}
-    return replace(base, **shape, **{n: v for n, v in sample.items() if n in constants})
+    config = replace(base, **shape, **{n: v for n, v in sample.items() if n in constants})
+    return replace(config, pool_kernel=max(1, feature_size(config) // sample["pooled_size"]))
 
 
 # ---------------------------------------------------------------- drawing
@@ -203,10 +202,12 @@ def configuration(sample: Sample, base: Config) -> Config:
 
 def entries(space: Space) -> Space:
     """The space with one entry per stage for PER_STAGE: num_blocks_1, num_blocks_2, ..."""
-    found = {}
+    found, stages = {}, range(1, max(space["num_stages"]) + 1)
     for name, values in space.items():
-        stages = range(1, max(space["num_stages"]) + 1) if name in PER_STAGE else ()
-        found |= {f"{name}_{stage}": values for stage in stages} or {name: values}
+        if name in PER_STAGE:
+            found |= {f"{name}_{stage}": values for stage in stages}
+        else:
+            found[name] = values
     return found
 
 

@@ -71,11 +71,11 @@ class Trials:
         self.search, self.space, self.base = search, space, base_config(search, preset)
         self.path, self.numbers = CHECKPOINTS / search.name, range(1, search.num_samples + 1)
         self.rows: dict[int, Row] = {}
-        constants = [name for name in PER_STAGE if name in space] + ["pool_kernel", "c1"]
-        constants += [] if "channels" in space else ["width"]
-        constants += [name for name in space if name not in (*SHAPE, *constants)]
+        self.constants = [name for name in PER_STAGE if name in space] + ["pool_kernel", "c1"]
+        self.constants += [] if "channels" in space else ["width"]
+        self.constants += [name for name in space if name not in (*SHAPE, *self.constants)]
         self.columns = ["trial", "status", METRIC, "early_accuracy", "epochs", "seconds"]
-        self.columns += ["num_params", "macs", "num_stages", "pooled_size", *constants]
+        self.columns += ["num_params", "macs", "num_stages", "pooled_size", *self.constants]
         self.columns += ["rejected", "error"]
 
     def folder(self, number: int) -> Path:
@@ -100,12 +100,13 @@ class Trials:
         sample, rejected = draw_sample(self.search, self.base, self.space, number, tried)
         row = self.blank(number) | {"sample": sample, "rejected": rejected}
         config = self.config(row)
-        for name in self.columns:
-            value = getattr(config, name, sample.get(name, row[name]))
-            row[name] = " ".join(map(str, value)) if isinstance(value, tuple) else value
         cost = model_cost(config)
-        row |= {"pooled_size": pooled_size(config), "epochs": 0}
-        return row | {"num_params": cost.num_params, "macs": cost.macs}
+        row |= {"num_params": cost.num_params, "macs": cost.macs}
+        row |= {"num_stages": sample["num_stages"], "pooled_size": pooled_size(config)}
+        for name in self.constants:
+            value = getattr(config, name)
+            row[name] = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        return row
 
     def tried(self) -> list[tuple[Sample, float]]:
         """The samples and accuracies of the trials that have ended by now, in any process.
@@ -147,8 +148,9 @@ class Trials:
         folder = self.folder(row["trial"])
         if row["sample"]:
             write_record(folder / "trial.json", row)
-        for name in WEIGHTS if row["status"] in ENDED else ():
-            (folder / name).unlink(missing_ok=True)
+        if row["status"] in ENDED:
+            for name in WEIGHTS:
+                (folder / name).unlink(missing_ok=True)
 
     def load(self) -> None:
         """Read the rows from the trial folders; a trial whose trial.json is damaged has none."""

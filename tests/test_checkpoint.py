@@ -10,7 +10,6 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import ROOT, Bomb
-from torch import nn
 
 from engine import checkpoint
 from engine.checkpoint import load_model, load_state, save_model, save_state
@@ -46,19 +45,6 @@ def test_saved_model_explains_itself(tmp_path):
     assert info["seed"] == 3
     assert info["mean"] == INFO["mean"]
     assert info["architecture"]["num_blocks"] == [1, 2]
-
-
-def test_wrappers_leave_no_prefix(tmp_path):
-    network = ResNet(Architecture(**SMALL))
-    for wrapped in (
-        nn.DataParallel(network),
-        torch.compile(network, backend="eager"),
-        nn.DataParallel(torch.compile(network, backend="eager")),
-    ):
-        save_model(tmp_path / "a.safetensors", wrapped, INFO)
-        names = safetensors.torch.load_file(tmp_path / "a.safetensors")
-        assert set(names) == set(network.state_dict())
-        load_model(tmp_path / "a.safetensors")
 
 
 def test_half_precision_weights_load_as_float(tmp_path):

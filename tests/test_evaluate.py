@@ -35,6 +35,8 @@ def test_evaluation_leaves_no_trace_and_uses_the_running_statistics():
     assert all(torch.equal(tensor, before[n]) for n, tensor in model.state_dict().items())
     one_by_one = torch.cat([classify(model, image[None], PIXELS) for image in images])
     torch.testing.assert_close(logits, one_by_one)
+    batches = classify(model, images.repeat(100, 1, 1, 1), PIXELS)  # of 500 and 200
+    torch.testing.assert_close(batches, logits.repeat(100, 1))
     torch.testing.assert_close(logits, model.eval()((images / 255 - 0.5) / 0.25).detach())
     flipped = classify(model, images.flip(-1), PIXELS)
     both = classify(model, images, PIXELS, flip_tta=True)

@@ -912,7 +912,9 @@ def test_a_run_from_weights_resumes_to_the_bit_but_not_from_others(source, tiny)
         train(replace(config, resume=True))
     del info["architecture"]
     save_model(path, model, info | {"seed": 1})
-    with pytest.raises(InputError, match=r"^resume: .* is not the file that it was started from"):
+    with pytest.raises(
+        InputError, match=r"^resume: .*init: .* is not the file that it was started with"
+    ):
         train(replace(config, resume=True))
     path.write_bytes(content)
     train(replace(config, resume=True))

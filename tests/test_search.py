@@ -245,6 +245,8 @@ def test_a_sample_becomes_a_configuration(same, num_blocks):
     assert (config.num_blocks, config.conv_kernel) == (num_blocks, (1, 3, 5))
     assert (config.pool_kernel, config.c1) == (4, 9)  # from 8x8 to 2x2 pixels
     assert config.rotation_degrees == PRESETS["tpsnet"].rotation_degrees  # not drawn
+    pooled = configuration(sample | {"downsample": "pool"}, PRESETS["tpsnet"])
+    assert pooled.pool_kernel == 2  # from 4x4 pixels
 
 
 @pytest.mark.parametrize("algorithm", ["random", "optuna"])
