@@ -105,15 +105,16 @@ class Classical:
 
         self.device = init_processes()
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
-        self.data = noise(NUM_IMAGES)
-        self.pixels = self.data.train.images.permute(0, 2, 3, 1).contiguous().numpy()
+        data = noise(NUM_IMAGES)  # of which one copy stays, as in torchvision's data sets
+        self.pixels = data.train.images.permute(0, 2, 3, 1).contiguous().numpy()
+        self.labels, self.normalize = data.train.labels, data.normalize
         self.model = ResNet(config).to(self.device)
         if config.stem == "whitening":
-            self.model.set_whitening(self.data.normalize(self.data.train.images[:100] / 255))
+            self.model.set_whitening(self.fixed_batch(100)[0])
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(parameters, 0.01, 0.9, weight_decay=5e-4)
         self.criterion = nn.CrossEntropyLoss()
-        normalize = [transforms.ToTensor(), transforms.Normalize(self.data.mean, self.data.std)]
+        normalize = [transforms.ToTensor(), transforms.Normalize(data.mean, data.std)]
         degrees = config.rotation_degrees
         self.train_transform = transforms.Compose(
             [
@@ -143,8 +144,8 @@ class Classical:
 
     def fixed_batch(self, batch_size: int) -> tuple[Tensor, Tensor]:
         """One batch, to measure the step without the data pipeline."""
-        images = self.data.normalize(self.data.train.images[:batch_size] / 255)
-        return images, self.data.train.labels[:batch_size]
+        images = torch.from_numpy(self.pixels[:batch_size]).permute(0, 3, 1, 2).contiguous()
+        return self.normalize(images / 255), self.labels[:batch_size]
 
     def steps(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Train for a step per batch."""
