@@ -7,7 +7,6 @@ so an edited default changes every preset that does not set it.
 """
 
 import itertools
-import math
 import re
 import reprlib
 from dataclasses import asdict, dataclass, fields, replace
@@ -262,8 +261,18 @@ CLAIMS = {
 
 def steps_per_epoch(config: Config, num_images: int) -> int:
     """Steps of an epoch of `num_images` training images."""
-    steps = math.ceil(num_images / config.batch_size)
+    steps = num_images // config.batch_size + (left_over(config, num_images) > 0)
     return min(steps, config.max_steps_per_epoch or steps)
+
+
+def left_over(config: Config, num_images: int) -> int:
+    """Size of the last, smaller batch of an epoch; 0 if there is none.
+
+    It has at least an eighth of a batch. Fewer images are left out, in every epoch others: from one
+    or two, batch normalization takes statistics that cost accuracy (docs/own-pictures.md).
+    """
+    rest = num_images % config.batch_size
+    return rest if 8 * rest >= config.batch_size else 0
 
 
 def images_per_epoch(config: Config, num_images: int) -> int:
@@ -339,15 +348,15 @@ def check_batches(config: Config, num_images: int, num_processes: int = 1) -> No
             f" {num_processes} process{'es' * (num_processes > 1)}; use {num_processes} to"
             f" {num_images:,}"
         )
-    if 0 < num_images % config.batch_size < num_processes:
+    last = left_over(config, num_images) or config.batch_size
+    if last < num_processes:
         raise InputError(
-            f"batch_size: {config.batch_size} leaves a last batch of"
-            f" {num_images % config.batch_size} for {num_processes} processes; use another"
+            f"batch_size: {config.batch_size} leaves a last batch of {last} for"
+            f" {num_processes} processes; use another"
         )
-    last = (num_images % config.batch_size or config.batch_size) // num_processes
     smallest = config.small_size if config.small_fraction else IMAGE_SIZE
     side = feature_size(config, smallest)
-    if round(config.keep_fraction * last) < 2 and side == 1:
+    if round(config.keep_fraction * (last // num_processes)) < 2 and side == 1:
         raise InputError(
             f"batch_size: {config.batch_size} leaves a batch of one image to train on, from which"
             " batch normalization learns nothing where a feature map is one pixel; use another"

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 import augment
 from config import Config, image_size, steps_per_epoch, view_of
 from engine.distributed import num_processes, rank
-from utils import IMAGE_SIZE, InputError, check_fields, first_line, generator, warn
+from utils import IMAGE_SIZE, InputError, check_fields, first_line, generator, printable, warn
 
 # Class names, and the mean and std per channel over all pixels of the training images, scaled to
 # [0, 1]. The std that many repositories copy for CIFAR-10, (0.2023, 0.1994, 0.2010), is another
@@ -192,8 +192,8 @@ def train_batches(
     """Yield an epoch's batches: augmented, normalized images, their targets, the global batch size.
 
     A target is a probability for each class: the label, smoothed, or the answer of a teacher. The
-    last batch holds what is left over. Under torchrun each process gets every n-th image of each
-    global batch, augmented as it would be in one process.
+    last batch holds what is left over (config.left_over). Under torchrun each process gets every
+    n-th image of each global batch, augmented as it would be in one process.
 
     Args:
         epoch: from 1.
@@ -264,6 +264,8 @@ def class_names_of(config: Config) -> tuple[str, ...]:
 def load_data_of(path: Path, info: dict[str, object], data_dir: str, download: bool) -> Dataset:
     """Load the data set that a network was trained on, by the metadata of its file.
 
+    Another copy of it is reported.
+
     Args:
         path: of the network, for the messages.
         data_dir: where the data is; "" for `data`, or where the user's own pictures were.
@@ -280,7 +282,33 @@ def load_data_of(path: Path, info: dict[str, object], data_dir: str, download: b
     data_dir = data_dir or trained_in or Config.data_dir
     config = Config(dataset=info.get("dataset"), data_dir=data_dir, download=download)
     check_classes(path, info, config.dataset, class_names_of(config))
-    return load_dataset(config)
+    data = load_dataset(config)
+    check_data(path, info, data)
+    return data
+
+
+def check_data(path: Path, info: dict[str, object], data: Dataset) -> None:
+    """Raise InputError if the network has other classes than `data`; report another copy of it."""
+    check_classes(path, info, data.name, data.class_names)
+    trained_with = info.get("data_fingerprint")
+    # A search reads no test images, so the fingerprint of its networks is that of the others.
+    if trained_with == data.fingerprint or trained_with == fingerprint(data.train):
+        return
+    if data.name == "folder":
+        warn(
+            f"the pictures are not those that {path} was trained with; some that it was trained on"
+            " may be in the test now"
+        )
+        return
+    theirs = "official" if info.get("unofficial_data_files") == [] else trained_with
+    ours = data.fingerprint if data.unofficial else "official"
+    if {theirs, ours} == {"official", APPROXIMATE_COPY}:
+        print(
+            f"{printable(path.as_posix())}: trained on another copy of CIFAR-10; 104 of the 60,000"
+            " images, 23 of them in the test set, differ slightly"
+        )
+    else:
+        warn(f"this copy of {data.name} is not the one that {path} was trained with")
 
 
 def check_classes(

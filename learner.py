@@ -298,9 +298,17 @@ def lr_factor(config: Config, step: int, steps_per_epoch: int) -> float:
 def make_average(model: nn.Module, decay: float) -> AveragedModel:
     """Exponential moving average of a network's weights and BN statistics.
 
-    In each step it keeps `decay` of itself and takes the rest from the network.
+    In each step it keeps `decay` of itself and takes the rest from the network. At first it keeps
+    less, (1 + n) / (10 + n) after n steps, or a short training would test its random initial
+    weights (as TensorFlow's ExponentialMovingAverage with `num_updates`).
     """
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+    def average(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor) -> None:
+        n = int(num_averaged)
+        rising = min(decay, (1 + n) / (10 + n))
+        get_ema_multi_avg_fn(rising)(averaged, current, num_averaged)
+
+    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
 
 
 class Muon(torch.optim.Optimizer):

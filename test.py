@@ -23,7 +23,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from config import Recipe
-from data import APPROXIMATE_COPY, Dataset, Normalize, check_classes, fingerprint, load_data_of
+from data import Dataset, Normalize, check_data, load_data_of
 from engine import plots
 from engine.checkpoint import find_checkpoint, load_model
 from engine.distributed import init_processes
@@ -90,7 +90,6 @@ def test(
     model, info = load_model(path)
     other, other_info = load_model(other_path) if compare else (None, None)
     data = load_data_of(path, info, data_dir, download)
-    check_data(path, info, data)
     if compare:
         check_data(other_path, other_info, data)
 
@@ -167,30 +166,6 @@ def test(
 def shown(path: Path) -> str:
     """A path as it is printed."""
     return printable(path.as_posix())
-
-
-def check_data(path: Path, info: dict[str, object], data: Dataset) -> None:
-    """Raise InputError if the network has other classes than `data`; report another copy of it."""
-    check_classes(path, info, data.name, data.class_names)
-    trained_with = info.get("data_fingerprint")
-    # A search reads no test images, so the fingerprint of its networks is that of the others.
-    if trained_with == data.fingerprint or trained_with == fingerprint(data.train):
-        return
-    if data.name == "folder":
-        warn(
-            f"the pictures are not those that {path} was trained with; some that it was trained on"
-            " may be in the test now"
-        )
-        return
-    theirs = "official" if info.get("unofficial_data_files") == [] else trained_with
-    ours = data.fingerprint if data.unofficial else "official"
-    if {theirs, ours} == {"official", APPROXIMATE_COPY}:
-        print(
-            f"{shown(path)}: trained on another copy of CIFAR-10; 104 of the 60,000 images, 23 of"
-            " them in the test set, differ slightly"
-        )
-    else:
-        warn(f"this copy of {data.name} is not the one that {path} was trained with")
 
 
 def logits_of(
@@ -335,6 +310,11 @@ def compare_groups(names: list[Path], groups: list[list[Path]], json: str) -> di
     if len({(info["data_fingerprint"], info["config"]["val_size"]) for info in everyone}) > 1:
         warn("the two groups were not trained and validated on the same images")
     split = "test" if any(info["accuracy"]["val"] is None for info in everyone) else "val"
+    if any(info["accuracy"][split] is None for info in everyone):
+        raise InputError(
+            f"compare: {names[0].as_posix()} and {names[1].as_posix()} have no accuracy in common:"
+            " one of the validation images, the other of the test images; name other runs"
+        )
     kind = {"val": "validation accuracy", "test": "test accuracy"}[split]
     accuracies = [[info["accuracy"][split] for info in group] for group in infos]
     for name, found in zip(names, accuracies, strict=True):
@@ -384,8 +364,11 @@ def load_group(runs: list[Path]) -> list[dict[str, object]]:
     """
     infos = []
     for run in runs:
-        infos.append(load_model(find_checkpoint(run))[1])
-        if infos[-1].get("accuracy", {}).get("test") is None:  # it is written at the very end
+        info = load_model(find_checkpoint(run))[1]
+        infos.append(info)
+        accuracy = info.get("accuracy", {})
+        unfinished = info["epochs"] < info["config"]["epochs"]
+        if unfinished or accuracy.get("val") is accuracy.get("test") is None:
             raise InputError(
                 f"checkpoint: the run in {run.as_posix()} is not finished; go on with it by `python"
                 f" train.py --config {quoted(run / 'config.json')} --resume`, or move it away"

@@ -5,6 +5,7 @@ Accuracies are those after the grace period, which all trials of a search had.
 
 import textwrap
 from collections.abc import Iterable
+from dataclasses import fields
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -15,6 +16,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from config import Config
 from engine.evaluate import half_width
 from engine.plots import BLUE, GREY, ORANGE, save
 from model import MAX_PARAMS, Architecture, feature_size, num_parameters
@@ -30,9 +32,9 @@ EFFECTS = (
 MIN_TRIALS = 10  # with an accuracy; fewer give no figures
 WORST = 10  # percent; the color scale starts here, so that a few bad trials do not stretch it
 MAX_LEVELS = 6  # a choice with more values is drawn with a trend instead of a mean per value
-LOGARITHMIC = ("lr",)
+WIDE = 30  # times the least value: over so wide a range another constant is drawn on a log scale
 ODD = ("none", "some", "all")  # of the stages have an odd number of blocks
-# The choices of a search, columns of trials.csv or of `with_derived`, with their labels.
+# The usual choices of a search, columns of trials.csv or of `with_derived`, with their labels.
 CHOICES = {
     "lr": "learning rate",
     "batch_size": "batch size",
@@ -63,7 +65,7 @@ def effects(
     """Draw the five EFFECTS from the rows of a trials.csv; returns their paths.
 
     Trials that diverged within the grace period are left out. No figure is drawn for fewer than
-    MIN_TRIALS others, or if these all have the same accuracy or the same CHOICES.
+    MIN_TRIALS others, or if these all have the same accuracy or the same choices.
 
     Args:
         caption: how the trials were trained.
@@ -81,9 +83,24 @@ def effects(
     return paths
 
 
-def differing(rows: list[dict[str, object]], names: Iterable[str] = CHOICES) -> list[str]:
-    """The columns in which trials differ."""
+def labels_of(rows: list[dict[str, object]]) -> dict[str, str]:
+    """The choices, and the labels of these: CHOICES, and other constants that SPACE draws."""
+    constants = {field.name for field in fields(Config)} - {*PER_STAGE, "pool_kernel", "epochs"}
+    others = [name for name in rows[0] if name in constants and name not in CHOICES]
+    return CHOICES | {name: name.replace("_", " ") for name in others}
+
+
+def differing(rows: list[dict[str, object]], names: Iterable[str] = ()) -> list[str]:
+    """The columns, of `names` or of all choices, in which trials differ."""
+    names = names or labels_of(rows)
     return [name for name in names if len({row.get(name) for row in rows}) > 1]
+
+
+def is_logarithmic(name: str, values: list) -> bool:
+    """True for the learning rate, and for another constant than CHOICES of a wide range."""
+    if name in CHOICES or isinstance(values[0], str):
+        return name == "lr"
+    return max(values) >= WIDE * min(values) > 0
 
 
 def with_derived(row: dict[str, object]) -> dict[str, object]:
@@ -161,7 +178,7 @@ def largest_depth(c1: int, num_stages: int, width: int, max_params: int) -> floa
 
 def parallel_coordinates(rows: list[dict[str, object]], path: str | Path, caption: str) -> None:
     """Plot every trial as a line through its choices and costs to its accuracy on the right."""
-    labels = CHOICES | COSTS | {"early_accuracy": "accuracy, %"}
+    labels = labels_of(rows) | COSTS | {"early_accuracy": "accuracy, %"}
     shown = [name for name in differing(rows, labels) if name != "odd"]  # mean_blocks is similar
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     figure.suptitle(f"Every trial's choices and its validation accuracy; {caption}", fontsize=11)
@@ -195,7 +212,7 @@ def plot_axis(axes: Axes, x: float, name: str, values: list) -> np.ndarray:
     levels = sorted(set(values))
     numbers = {level: place for place, level in enumerate(levels)}
     if not isinstance(levels[0], str):
-        scale = np.log if name in (*LOGARITHMIC, *COSTS) else float
+        scale = np.log if name in COSTS or is_logarithmic(name, values) else float
         numbers = {level: scale(level) for level in levels}
     low, high = numbers[levels[0]], numbers[levels[-1]]
     heights = {level: (number - low) / (high - low) for level, number in numbers.items()}
@@ -231,10 +248,11 @@ def choices(rows: list[dict[str, object]], path: str | Path, caption: str) -> No
         values = [row[name] for row in rows]
         levels = sorted(set(values), key=ODD.index if name == "odd" else None)
         if len(levels) > MAX_LEVELS:
-            plot_trend(axes, np.array(values, dtype=float), accuracy, rng, log=name in LOGARITHMIC)
+            log = is_logarithmic(name, values)
+            plot_trend(axes, np.array(values, dtype=float), accuracy, rng, log)
         else:
             plot_means(axes, values, levels, accuracy, rng)
-        axes.set_title(CHOICES[name], fontsize=10)
+        axes.set_title(labels_of(rows)[name], fontsize=10)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
@@ -332,7 +350,7 @@ def importance(rows: list[dict[str, object]], path: str | Path, caption: str) ->
     figure = Figure(figsize=(8, 4.4), layout="constrained")
     axes = figure.subplots()
     axes.barh(range(len(order)), mean[order], xerr=spread[order], color=BLUE, capsize=2)
-    axes.set_yticks(range(len(order)), [CHOICES[names[i]] for i in order])
+    axes.set_yticks(range(len(order)), [labels_of(rows)[names[i]] for i in order])
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set(xlabel="squared error added by shuffling it, as a share of the variance; ± std")
     axes.set_title(
@@ -360,7 +378,7 @@ def permutation_importance(
         values = [row[name] for row in rows]
         if isinstance(values[0], str):
             values = [sorted(set(values)).index(value) for value in values]
-        table.append(np.log(values) if name in LOGARITHMIC else values)
+        table.append(np.log(values) if is_logarithmic(name, values) else values)
     x, y = np.array(table, dtype=float).T, np.array([row["early_accuracy"] for row in rows])
     drops, errors, total = [], 0.0, 0.0
     for seen, held_out in RepeatedKFold(n_splits=5, n_repeats=2, random_state=0).split(x):

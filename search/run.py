@@ -1,8 +1,9 @@
 """A search from its options to best.json: start or resume it, run its trials, show the result."""
 
+import contextlib
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, fields, replace
 
 import utils
@@ -13,9 +14,19 @@ from engine.run import end_by_signal, lock_folder
 from engine.script import named_options, plain_arguments, stop_signals
 from search import figures
 from search.cluster import ray_started, trial_resources, trials_at_once
-from search.space import SPACE, Search, Space, check_search, check_space, with_defaults
+from search.space import (
+    SPACE,
+    Search,
+    Space,
+    check_search,
+    check_space,
+    with_defaults,
+    with_epochs,
+)
 from search.trials import METRIC, Row, Trials, read_record, write_record
 from utils import CHECKPOINTS, InputError, SearchError, first_line, quoted
+
+LONG = 300  # epochs of the training that is advised for the best network
 
 
 def main(args: list[str], space: Space = SPACE) -> None:
@@ -96,7 +107,8 @@ def run_search(search: Search, preset: str, space: Space = SPACE) -> list[Row]:
     trials, received = Trials(search, preset, space), 0
     # Check the preset's other constants; its own network may be over the budget of the search.
     budget = max(search.max_params, PRESETS[preset].max_params)
-    check_config(replace(trials.base, max_params=budget))
+    with naming_the_preset(preset):
+        check_config(replace(trials.base, max_params=budget))
     trials.draw(1)  # are there networks within the limits?
     if search.resume:
         trials.load()
@@ -108,7 +120,8 @@ def run_search(search: Search, preset: str, space: Space = SPACE) -> list[Row]:
     if len(trials.ended()) < search.num_samples:
         data = load_dataset(trials.base, test=False)
         largest = max(space.get("batch_size", [trials.base.batch_size]))
-        check_batches(replace(trials.base, batch_size=largest), len(data.train))
+        with naming_the_preset(preset):
+            check_batches(replace(trials.base, batch_size=largest), len(data.train))
         received = run_on_ray(trials, preset, data)
     try:
         with lock_folder(trials.path):
@@ -117,6 +130,18 @@ def run_search(search: Search, preset: str, space: Space = SPACE) -> list[Row]:
     except InputError as error:
         raise SearchError(f"{error}; fix this, then --resume {search.name} goes on") from None
     return trials.table()
+
+
+@contextlib.contextmanager
+def naming_the_preset(preset: str) -> Iterator[None]:
+    """Add to the InputError of a constant, which no option of a search sets, where it is set."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(
+            f"{error}: in SPACE (search/space.py), or by another preset than {preset}, such as in"
+            " `python -m search demo` or `mine`"
+        ) from None
 
 
 def run_on_ray(trials: Trials, preset: str, data: Dataset) -> int:
@@ -193,8 +218,15 @@ def finish(trials: Trials, received: int) -> None:
             f"best: trial {best['trial']}, {best[METRIC]:.2f}% of {search.val_size:,} validation"
             f" images after {best['epochs']} epochs, {best['num_params']:,} parameters"
         )
-        print(f"next: python train.py --config {quoted(path)} --epochs 300")
+        short = trials.config(best)
+        long = with_epochs(short, LONG)
+        names = ["epochs"] + ["warmup_epochs"] * (long.warmup_epochs > 0)
+        names += ["restart_epochs"] * (long.schedule == "cosine_restarts")
+        options = " ".join(f"--{name.replace('_', '-')} {getattr(long, name)}" for name in names)
+        print(f"next: python train.py --config {quoted(path)} {options}")
     images = f" of {search.train_size:,} images" if search.train_size else ""
-    caption = f"{len(rows)} trials, {search.grace_epochs} epochs{images}"
+    drawn = sum(row["early_accuracy"] is not None for row in rows)
+    epochs = "1 epoch" if search.grace_epochs == 1 else f"{search.grace_epochs} epochs"
+    caption = f"{drawn} trials, {epochs}{images}"
     if not figures.effects(rows, trials.path, caption, search.max_params):
         print(f"no figures: at least {figures.MIN_TRIALS} trials with different accuracies needed")

@@ -159,13 +159,23 @@ def with_defaults(search: Search, preset: str) -> Search:
     return replace(search, val_size=max(len(classes), sum(classes.values()) // 5))
 
 
+def with_epochs(config: Config, epochs: int) -> Config:
+    """The same training in so many epochs: warm-up and restarts in proportion."""
+    warmup = min(math.ceil(config.warmup_epochs * epochs / config.epochs), epochs - 1)
+    return replace(
+        config,
+        epochs=epochs,
+        warmup_epochs=warmup,
+        restart_epochs=math.ceil((epochs - warmup) / RESTARTS),  # the last cosine may be shorter
+    )
+
+
 def base_config(search: Search, preset: str) -> Config:
     """The constants that all trials share."""
     base = PRESETS[preset]
     base = replace(
-        base,
+        with_epochs(base, search.epochs),
         name=search.name,
-        epochs=search.epochs,
         val_size=search.val_size,
         train_size=search.train_size,
         max_params=search.max_params,
@@ -174,8 +184,6 @@ def base_config(search: Search, preset: str) -> Config:
         data_dir=search.data_dir or base.data_dir,
         download=search.download,
         wandb=search.wandb,
-        restart_epochs=-(-search.epochs // RESTARTS),  # rounded up: the last cosine may be shorter
-        warmup_epochs=base.warmup_epochs * search.epochs // base.epochs,
         init="",  # whose weights fit one network alone
         small_fraction=0.0,  # some networks would pool smaller images to fewer features
     )

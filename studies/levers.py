@@ -70,7 +70,7 @@ def study() -> None:
     rows, data = [], load_dataset(BASE, test=False)
     for seed, lever in (*itertools.product(SEEDS, LEVERS), *MORE):
         rows.append(run(lever, seed, data))
-        utils.write_csv(CSV, rows + kept)
+    utils.write_csv(CSV, rows + kept)
     print("\n| lever | validation accuracy |\n|---|---|")
     for lever in LEVERS:
         each = [row["val_accuracy"] for row in rows if row["lever"] == lever]

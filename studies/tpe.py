@@ -48,7 +48,7 @@ def searched(algorithm: str, seed: int) -> list[float]:
     return [row[METRIC] or 10.0 for row in rows]
 
 
-def main(_args: list[str]) -> None:
+def study() -> None:
     """Run the searches, write studies/tpe.csv and print the table."""
     rows = []
     for seed in SEEDS:
@@ -64,7 +64,7 @@ def main(_args: list[str]) -> None:
                 }
                 for trials in TRIALS
             ]
-            utils.write_csv(Path("studies/tpe.csv"), rows)
+    utils.write_csv(Path("studies/tpe.csv"), rows)
     print_table(rows)
 
 
@@ -91,3 +91,10 @@ def print_table(rows: list[Row]) -> None:
         ]
         wins = sum(tpe > rand for rand, tpe in zip(best["random"], best["optuna"], strict=True))
         print(f"| {trials} | {' | '.join(cells)} | {wins} of {len(best['random'])} |")
+
+
+def main(args: list[str]) -> None:
+    """Parse the command line, which has no option but -h, and run the study."""
+    import tyro
+
+    tyro.cli(study, args=args, prog="python -m studies.tpe", description=__doc__)

@@ -67,7 +67,7 @@ MISTAKES = [
     ("demo --batch-size 1439", ["batch_size", "1439", "1,438", "use 1 to 1,438"]),
     (
         "demo --num-blocks 1 1 1 1 --c1 24 --width 1 --stem whitening --downsample pool"
-        " --pool-kernel 1 --batch-size 1437",
+        " --pool-kernel 1 --batch-size 3",
         ["batch_size", "1437", "one image", "one pixel"],
     ),
     ("--no-download --data-dir x/y", ["data_dir", "x/y", "cifar-10-python.tar.gz", "demo"]),
@@ -446,7 +446,7 @@ def test_schedules_are_functions_of_the_constants():
     config = replace(TINY, epochs=100, small_fraction=0.29, small_size=20)  # .29 x 100 < 29
     sizes = [config_module.image_size(config, epoch) for epoch in (1, 29, 30, 100)]
     assert sizes == [20, 20, 32, 32]
-    for batch_size, limit, steps in ((16, 0, 7), (20, 0, 5), (16, 3, 3), (16, 9, 7)):
+    for batch_size, limit, steps in ((16, 0, 7), (20, 0, 5), (16, 3, 3), (16, 9, 7), (33, 0, 3)):
         config = replace(TINY, batch_size=batch_size, max_steps_per_epoch=limit)
         assert config_module.steps_per_epoch(config, 100) == steps
 

@@ -270,19 +270,18 @@ def test_muon_gets_the_convolutions_and_adam_the_rest():
 # ---------------------------------------------------------------- the average
 
 
-def test_average_has_its_closed_form():
-    model, decay = nn.BatchNorm1d(3), 0.8
+def test_average_keeps_more_and_more_up_to_its_decay():
+    model, decay = nn.BatchNorm1d(3), 0.4
     average = make_average(model, decay)
-    steps = [torch.randn(3, generator=generator(i)) for i in range(6)]
+    steps = [torch.randn(3, generator=generator(i)) for i in range(7)]
     for values in steps:
         with torch.no_grad():
             model.weight.copy_(values)
             model.running_mean.copy_(-values)
         average.update_parameters(model)
-    # The first step starts it; the t-th of T counts (1 - decay) decay^(T - t).
-    expected = decay**5 * steps[0] + sum(
-        (1 - decay) * decay ** (5 - t) * steps[t] for t in range(1, 6)
-    )
+    expected = steps[0]  # the first step starts it
+    for kept, values in zip((2 / 11, 3 / 12, 4 / 13, 5 / 14, 0.4, 0.4), steps[1:], strict=True):
+        expected = kept * expected + (1 - kept) * values
     torch.testing.assert_close(average.module.weight.detach(), expected)
     torch.testing.assert_close(average.module.running_mean, -expected)
 
@@ -294,7 +293,7 @@ def test_average_follows_each_step_and_is_what_is_evaluated(digits):
     for batch in itertools.islice(train_batches(digits, learner.config, 1), 3):
         learner.step(*batch)
         weights.append(learner.model.linear.weight.detach().clone())
-    expected = 0.7 * (0.7 * weights[0] + 0.3 * weights[1]) + 0.3 * weights[2]
+    expected = 3 / 12 * (2 / 11 * weights[0] + 9 / 11 * weights[1]) + 9 / 12 * weights[2]
     torch.testing.assert_close(learner.eval_model.linear.weight.detach(), expected)
     assert not torch.equal(weights[0], start)
     plain = Learner(EXACT, digits, CPU)

@@ -23,7 +23,15 @@ from config import PRESETS, check_config, load_config
 from model import ResNet, count_parameters
 from search.cluster import usable_cpus
 from search.run import finish, load_search, main, run_search
-from search.space import SPACE, LogUniform, Search, configuration, draw_sample, with_defaults
+from search.space import (
+    SPACE,
+    LogUniform,
+    Search,
+    configuration,
+    draw_sample,
+    with_defaults,
+    with_epochs,
+)
 from search.trials import Trials, write_record
 from utils import InputError
 
@@ -86,6 +94,21 @@ def test_a_bad_space_is_one_line(space, words):
 def test_an_unknown_data_set_is_one_line():
     with pytest.raises(InputError, match=r"^dataset: 'mnist' is not one of cifar10, cifar100"):
         run_search(Search(dataset="mnist"), "demo")
+
+
+def test_a_constant_that_no_option_sets_is_refused_with_where_it_is_set():
+    make_pictures("photos", cat=30, dog=30)
+    for dataset, words in (("digits", "^flip, .*in SPACE"), ("folder", "^batch_size: 128 .*SPACE")):
+        with pytest.raises(InputError, match=f"{words} .*another preset than tpsnet"):
+            run_search(Search(dataset=dataset, data_dir="photos"), "tpsnet")
+
+
+def test_warm_up_and_restarts_keep_their_share_of_the_epochs():
+    trial = make_trials(SPACE, "best", epochs=30).base
+    assert (trial.epochs, trial.warmup_epochs, trial.restart_epochs) == (30, 5, 13)
+    long = with_epochs(trial, 300)
+    assert (long.epochs, long.warmup_epochs, long.restart_epochs) == (300, 50, 125)
+    assert with_epochs(trial, 1).warmup_epochs == 0
 
 
 def test_a_search_reads_no_test_image(monkeypatch):

@@ -7,8 +7,10 @@ from model import MAX_PARAMS
 from search.figures import (
     EFFECTS,
     blocks_and_channels,
+    choices,
     differing,
     effects,
+    is_logarithmic,
     largest_depth,
     pareto_front,
     permutation_importance,
@@ -51,6 +53,20 @@ def test_drawn_channels_are_shown_by_their_mean(tmp_path):
     assert "mean_channels" in differing(rows)
     blocks_and_channels(rows, tmp_path / "channels.png", "11 trials", MAX_PARAMS)
     assert (tmp_path / "channels.png").exists()
+
+
+def test_other_constants_that_are_drawn_are_shown_too(tmp_path):
+    rows = [with_derived(trials(1)[0] | {"early_accuracy": 10.0 + i}) for i in range(12)]
+    assert differing(rows) == []
+    for i, row in enumerate(rows):
+        row |= {"weight_decay": 10.0 ** (i / 4 - 5), "momentum": 0.8 + i / 100}
+    names = differing(rows)
+    assert sorted(names) == ["momentum", "weight_decay"]
+    logarithmic = {n: is_logarithmic(n, [row[n] for row in rows]) for n in names}
+    assert logarithmic == {"weight_decay": True, "momentum": False}
+    choices(rows, tmp_path / "choices.png", "12 trials")
+    drops, _ = permutation_importance(rows, names)
+    assert drops.shape == (10, 2)
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,12 @@ import torch
 from conftest import ROOT, run, run_main
 
 from config import PRESETS, Config
-from data import APPROXIMATE_COPY, Normalize, load_dataset
+from data import APPROXIMATE_COPY, Normalize, check_data, load_dataset
 from engine import checkpoint
 from engine.checkpoint import find_checkpoint, load_model, save_model
 from engine.evaluate import evaluate, score
 from model import Architecture, model_cost
 from test import (
-    check_data,
     confusion_matrix,
     find_groups,
     mcnemar,
@@ -287,7 +286,11 @@ def test_groups_of_seeds_are_compared_without_the_data(
 @pytest.mark.parametrize(
     ("changes", "options", "status", "words"),
     [
-        ({"test": None}, [], 2, "checkpoint: the run in checkpoints/B-0 is not finished; go on"),
+        ({"epochs": 0}, [], 2, "checkpoint: the run in checkpoints/B-0 is not finished; go on"),
+        (
+            {"accuracies": [None, None], "test": None},
+            *([], 2, "checkpoint: the run in checkpoints/B-0 is not finished; go on"),
+        ),
         ({"class_names": list("abcdefghij")}, [], 2, "compare: B has other classes than A; name"),
         ({"accuracies": [90.0]}, [], 2, "compare: A stands for 2 runs, but there are no two"),
         ({}, ["--tta"], 2, "tta: groups are compared by their runs' accuracies; leave it out"),
@@ -303,6 +306,17 @@ def test_groups_that_cannot_be_compared(changes, options, status, words, demo, m
     (line,) = captured.err.splitlines()
     assert words in line
     assert bool(captured.out) == (status == 0)
+
+
+def test_groups_without_test_images_are_compared_by_validation(demo, monkeypatch, capsys):
+    """As those of a study, which reads no test image."""
+    group(demo, "A", [90.0, 91.0], test=None)
+    group(demo, "B", [90.0, 91.0])
+    written = result_of("A", "--compare", "B", monkeypatch=monkeypatch)
+    assert (written["accuracy"], written["difference"]) == ("validation accuracy", 0)
+    group(demo, "B", [None, None])
+    assert run_main("test", "A", "--compare", "B", monkeypatch=monkeypatch) == 2
+    assert "error: compare: A and B have no accuracy in common" in capsys.readouterr().err
 
 
 def test_run_of_another_recipe_is_no_part_of_a_group(demo, monkeypatch, capsys):

@@ -164,6 +164,13 @@ def answers() -> list[str]:
     return [f"{question}: {answer}" for question, answer in lines.items()]
 
 
-def main(_args: list[str]) -> None:
+def study() -> None:
     """Print the answers."""
     print("\n".join(answers()))
+
+
+def main(args: list[str]) -> None:
+    """Parse the command line, which has no option but -h, and print the answers."""
+    import tyro
+
+    tyro.cli(study, args=args, prog="python -m studies.choices.answers", description=__doc__)

@@ -24,6 +24,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import utils
 from config import PRESETS, Config
@@ -130,7 +131,7 @@ def longer() -> None:
         InputError: there are no trials yet.
     """
     if not (FOLDER / "trials.csv").exists():
-        raise InputError(f"arguments: {FOLDER / 'trials.csv'} does not exist; run `search` first")
+        raise InputError(f"part: {FOLDER / 'trials.csv'} does not exist; run `search` first")
     rows = whole(utils.read_csv(FOLDER / "trials.csv"))
     rows = sorted(rows, key=lambda row: -row[METRIC])[::EVERY]
     found = [({"trial": row["trial"], "short_accuracy": row[METRIC]}, again(row)) for row in rows]
@@ -151,7 +152,7 @@ def again(row: Row) -> Config:
 
 
 def train_all(runs: Iterable[tuple[Row, Config]], path: Path) -> None:
-    """Train each configuration or continue it; write its row with the epochs and the accuracy."""
+    """Train each configuration or continue it; write their rows with epochs and accuracy."""
     found, data = [], None
     for row, config in runs:
         data = data or load_dataset(config, test=False)
@@ -160,16 +161,21 @@ def train_all(runs: Iterable[tuple[Row, Config]], path: Path) -> None:
         except DivergenceError:
             last = {"epoch": None, "val_accuracy": None}
         found.append(row | {"epochs": last["epoch"], METRIC: last["val_accuracy"]})
-        utils.write_csv(path, found)
+    utils.write_csv(path, found)
+
+
+def study(part: Literal["pilot", "search", "longer"], /) -> None:
+    """Run one of the three parts."""
+    if part == "pilot":
+        train_all(pilot_runs(), FOLDER / "pilot.csv")
+    elif part == "search":
+        search()
+    else:
+        longer()
 
 
 def main(args: list[str]) -> None:
-    """Run one of the three parts."""
-    parts = {
-        "pilot": lambda: train_all(pilot_runs(), FOLDER / "pilot.csv"),
-        "search": search,
-        "longer": longer,
-    }
-    if len(args) != 1 or args[0] not in parts:
-        raise InputError(f"arguments: {' '.join(args)!r} is not one of {', '.join(parts)}")
-    parts[args[0]]()
+    """Parse the command line and run a part of the study."""
+    import tyro
+
+    tyro.cli(study, args=args, prog="python -m studies.choices.run", description=__doc__)
