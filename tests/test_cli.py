@@ -68,7 +68,7 @@ MISTAKES = [
     (
         "demo --num-blocks 1 1 1 1 --c1 24 --width 1 --stem whitening --downsample pool"
         " --pool-kernel 1 --batch-size 3",
-        ["batch_size", "1437", "one image", "one pixel"],
+        ["batch_size", "3", "one image", "one pixel"],
     ),
     ("--no-download --data-dir x/y", ["data_dir", "x/y", "cifar-10-python.tar.gz", "demo"]),
     (
