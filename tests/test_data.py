@@ -461,6 +461,17 @@ def test_pictures_beside_the_class_folders_are_left_out_with_a_warning(capsys):
     ]
 
 
+def test_other_pictures_than_those_of_the_training_are_reported(capsys):
+    make_pictures("photos", cat=5, dog=5)
+    trained = {"dataset": "folder", "class_names": ["cat", "dog"]}
+    trained["data_fingerprint"] = folder().fingerprint
+    data.load_data_of(Path("a.safetensors"), trained, "photos", False)
+    assert not capsys.readouterr().err
+    make_pictures("photos", cat=6, dog=5)
+    data.load_data_of(Path("a.safetensors"), trained, "photos", False)
+    assert "the pictures are not those that a.safetensors was trained" in capsys.readouterr().err
+
+
 def test_validation_images_of_a_class_of_one_are_refused():
     make_pictures("photos", cat=9, dog=2)
     with pytest.raises(InputError, match=r"^val_size: 2, .* one training image alone of dog"):
