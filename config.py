@@ -58,7 +58,7 @@ class Data:
     small_size: Annotated[int, Range(8, 32)] = 28
     """Side of the smaller images, in pixels."""
     small_images: Literal["crop", "scale"] = "crop"
-    """Make them by cropping to the center, or by scaling the whole image down."""
+    """Make the smaller images by cropping to the center, or by scaling the whole image down."""
     mixing: Annotated[float, Range(0, 1)] = 0.0
     """Fraction of the batches whose images are mixed in pairs: half by mixup, half by CutMix."""
 
@@ -72,7 +72,7 @@ class Optimization:
     batch_size: Annotated[int, Range(1)] = 128
     """Images per step, over all processes; for SGD, scale lr with it (arXiv:1706.02677)."""
     keep_fraction: Annotated[float, Range(0.01, 1)] = 1.0
-    """Fraction of every batch to train on: the images that a narrow copy finds hardest."""
+    """Fraction of every batch to train on: what the proxy, a narrow copy, finds hardest."""
     optimizer: Literal["sgd", "muon"] = "sgd"
     """SGD, or Muon for the convolutions and Adam for the rest."""
     lr: Annotated[float, Range(0, 1000)] = 0.01
@@ -84,7 +84,7 @@ class Optimization:
     weight_decay: Annotated[float, Range(0, 1)] = 5e-4
     """L2 penalty on the parameters (sgd only)."""
     decay_norms: bool = True
-    """Apply it to biases and batch normalization, too, as the paper does."""
+    """Apply weight_decay to biases and batch normalization, too, as the paper does."""
     adam_lr: Annotated[float, Range(0, 1000)] = 0.005
     """Learning rate of Adam at the start of the schedule (muon only)."""
     init: str = ""
@@ -92,7 +92,7 @@ class Optimization:
     teacher: str = ""
     """A network (file, run or name) whose predictions are the targets, instead of the labels."""
     teacher_views: Annotated[int, Range(0, 10_000)] = 0
-    """Repeat this many augmented views, whose answers are kept; 0 for new ones in every epoch."""
+    """Cycle through this many views of each image, keeping the answers; 0: new ones every epoch."""
     label_smoothing: Annotated[float, Range(0, 1)] = 0.0
     """Fraction of each target spread evenly over all classes."""
     schedule: Literal["cosine", "cosine_restarts", "linear"] = "cosine"
@@ -100,7 +100,7 @@ class Optimization:
     restart_epochs: Annotated[int, Range(1)] = 50
     """Epochs from one warm restart to the next (cosine_restarts only)."""
     warmup_epochs: Annotated[int, Range(0)] = 0
-    """First epochs, in which the learning rate rises from 0."""
+    """Number of first epochs in which the learning rate rises from 0."""
     ema_decay: Annotated[float, Range(0, 0.999999)] = 0.0
     """Test and save a moving average of the weights with this decay; 0 for the last weights."""
     max_steps_per_epoch: Annotated[int, Range(0)] = 0
@@ -143,7 +143,7 @@ class Execution:
     data_dir: str = "data"
     """Folder of CIFAR, or of the class folders of your own pictures."""
     download: bool = True
-    """Download CIFAR into it if it is not there."""
+    """Download CIFAR into data_dir if it is not there."""
     max_params: Annotated[int, Range(1)] = MAX_PARAMS
     """Refuse a network with more parameters than this."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
@@ -268,8 +268,9 @@ def steps_per_epoch(config: Config, num_images: int) -> int:
 def left_over(config: Config, num_images: int) -> int:
     """Size of the last, smaller batch of an epoch; 0 if there is none.
 
-    It has at least an eighth of a batch. Fewer images are left out, in every epoch others: from one
-    or two, batch normalization takes statistics that cost accuracy (docs/own-pictures.md).
+    It has at least an eighth of a batch. Fewer images are left out, different ones in each epoch:
+    the statistics that batch normalization takes from one or two images cost accuracy
+    (docs/own-pictures.md).
     """
     rest = num_images % config.batch_size
     return rest if 8 * rest >= config.batch_size else 0

@@ -93,7 +93,7 @@ class Search:
     data_dir: str = ""
     """Folder of CIFAR, or of the class folders of your own pictures. Default: the preset's."""
     download: bool = True
-    """Download CIFAR into it if it is not there."""
+    """Download CIFAR into data_dir if it is not there."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "disabled"
     """Weights & Biases: one run per trial, grouped under the name of the search."""
     resume: str = ""
