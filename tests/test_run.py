@@ -111,7 +111,7 @@ CASES = [
 def whole(config):
     """Digests of what an unbroken run leaves."""
     fork = Fork(config)
-    assert fork.wait() == 0, fork.lines
+    assert fork.wait() == 0, "\n".join(fork.lines)
     found = result(config)
     shutil.rmtree("checkpoints")
     return found
