@@ -218,11 +218,11 @@ def finish(trials: Trials, received: int) -> None:
             f"best: trial {best['trial']}, {best[METRIC]:.2f}% of {search.val_size:,} validation"
             f" images after {best['epochs']} epochs, {best['num_params']:,} parameters"
         )
-        short = trials.config(best)
-        long = with_epochs(short, LONG)
-        names = ["epochs"] + ["warmup_epochs"] * (long.warmup_epochs > 0)
-        names += ["restart_epochs"] * (long.schedule == "cosine_restarts")
-        options = " ".join(f"--{name.replace('_', '-')} {getattr(long, name)}" for name in names)
+        long, options = with_epochs(trials.config(best), LONG), f"--epochs {LONG}"
+        if long.warmup_epochs:
+            options += f" --warmup-epochs {long.warmup_epochs}"
+        if long.schedule == "cosine_restarts":
+            options += f" --restart-epochs {long.restart_epochs}"
         print(f"next: python train.py --config {quoted(path)} {options}")
     images = f" of {search.train_size:,} images" if search.train_size else ""
     drawn = sum(row["early_accuracy"] is not None for row in rows)
