@@ -50,6 +50,10 @@ from engine.checkpoint import load_model
 from engine.script import StopSignals, run_script
 from utils import CHECKPOINTS
 
+# The first backward pass of a process starts a thread for each device; after that no fork can do
+# one. torch.export makes it look as if there were a GPU: hence this, before any test exports.
+torch.zeros(1, requires_grad=True).backward()
+
 TINY = replace(
     PRESETS["demo"],
     name="run",
