@@ -200,11 +200,13 @@ def make_model(config: Config, data: Dataset, device: torch.device) -> ResNet:
         model.set_whitening(data.normalize(data.train.images[:5000] / 255))
     if config.compile:
         check_compiler(device)
-        # Block by block, since identical blocks are compiled once. Code for every shape, which is
-        # faster than code for all, is more than the default limit of 8 pieces.
+        # Code for every shape, which is faster than code for all, is more than the default limit of
+        # 8 pieces. On GPUs block by block, since identical blocks are compiled once; on CPUs that
+        # is slower than no compilation, and the whole network faster.
         torch._dynamo.config.recompile_limit = 64
-        for block in itertools.chain.from_iterable(model.stages):
-            block.compile(dynamic=False)
+        on_cpu = device.type == "cpu"
+        for module in [model] if on_cpu else itertools.chain.from_iterable(model.stages):
+            module.compile(dynamic=False)
     return model
 
 
