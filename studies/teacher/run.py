@@ -1,7 +1,7 @@
 """How a small network learns best from a large one: the loss, regularization, the views to keep.
 
     python -m studies.teacher.run loss   # 8 runs: labels, and three losses with the teacher
-    python -m studies.teacher.run less   # 6 more: less Cutout, none, and less weight decay
+    python -m studies.teacher.run less   # 6 more: less Cutout, none, and then less weight decay
     python -m studies.teacher.run views  # 6: 10 views, 40, and new ones in every epoch
 
 Question: which loss, how much regularization and how many views give the shape of `best`, at a
@@ -92,7 +92,7 @@ ARMS = {  # by stage: changes of BASE, the kinds of teacher and learner
     "less": {  # than `best` has, which has sixteen times the parameters
         "cutout-8": ({"cutout_size": 8}, Teacher, Learner),
         "no-cutout": ({"cutout_size": 0}, Teacher, Learner),
-        "weight-decay-1e-4": ({"weight_decay": 1e-4}, Teacher, Learner),
+        "no-cutout-less-decay": ({"cutout_size": 0, "weight_decay": 1e-4}, Teacher, Learner),
     },
     "views": {
         "views-10": ({"teacher_views": 10}, Teacher, Learner),
