@@ -10,11 +10,12 @@ by `best`? The teacher has seen all training images, also those that are set asi
 can be compared with each other only. 45,000 images to train on, 5,000 for validation, no test image
 is read, two seeds. Finished runs are not repeated, and a run that is cut off goes on.
 
-Record: trial.csv has a row per run; so far seed 0 of the stage `loss` (commit 76a32e1, two cores of
-an AMD EPYC in bfloat16, beside other work), which alone decides nothing. tiny-alone.csv is the log
-of a network without a teacher, to compare with: the first 126 of 300 epochs of `python train.py
-best --c1 16 --cutout-size 0 --epochs 300 --warmup-epochs 45` (commit 6799a59, two cores of an AMD
-EPYC in float32, beside other work). Its state is lost.
+Record: trial.csv has a row per run, in bfloat16 and beside other work; so far seed 0 of the stage
+`loss` (commit 76a32e1, an AMD EPYC) and of two arms of `less` (26b67a0 and 6210d15, an Intel Xeon
+with AMX), which alone decides nothing. tiny-alone.csv is the log of a network without a teacher, to
+compare with: the first 126 of 300 epochs of `python train.py best --c1 16 --cutout-size 0 --epochs
+300 --warmup-epochs 45` (commit 6799a59, two cores of an AMD EPYC in float32, beside other work).
+Its state is lost.
 """
 
 if __name__ == "__main__":  # above the imports: a missing library or an old Python is one line
