@@ -113,7 +113,7 @@ RELEASES = {
 APPROXIMATE_COPY = "feb1a89863ee464b208bbb4ee2921ef600c46cbc0372b6b68e8966be7599e65f"
 
 SPLIT_SEED = 0  # of every stratified split; the same in every run, so runs compare
-EVAL_BATCH = 100  # images, few enough for a cache; in all scripts, so that they agree to the bit
+EVAL_BATCH = 100  # images, few enough for a cache; one number, so that all scripts agree to the bit
 
 Batch = tuple[Tensor, Tensor, int]  # images, targets (N, C), size of the global batch
 Answers = Callable[[Tensor, Tensor], Tensor]  # views and indices of images to targets (N, C)
