@@ -440,6 +440,9 @@ def parse_command_line(args: list[str]) -> Config:
     for option, value in itertools.pairwise(args):
         if option == "--resume" and value not in PRESETS and not value.startswith("-"):
             raise InputError(f"resume: {value!r}, but --resume takes no value; {resuming(value)}")
+    for place, (before, arg) in enumerate(itertools.pairwise(args), start=1):
+        if arg in PRESETS and not before.startswith("-"):  # after a list, for one of its values
+            args = [arg, *args[:place], *args[place + 1 :]]
     # Parsed once to find the preset or file, and once more with its constants as the defaults.
     bare = [arg for arg in args if arg not in ("-h", "--help")]
     preset, path, *_ = parse(bare, "tpsnet", "")

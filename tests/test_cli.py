@@ -385,7 +385,9 @@ def test_command_line_overrides_a_preset_or_a_file():
     constants = json.dumps(asdict(replace(TINY, c1=5)))
     Path("best.json").write_text(constants, encoding="utf-8-sig")  # with a byte order mark
     assert load_config("best.json") == replace(TINY, c1=5)
-    assert parse_command_line(["--epochs", "3", "demo"]) == replace(PRESETS["demo"], epochs=3)
+    for line in ("--num-blocks 2 2 demo --name fast", "--name fast --num-blocks [2, 2] demo"):
+        expected = replace(PRESETS["demo"], num_blocks=(2, 2), name="fast")
+        assert parse_command_line(line.split()) == expected
     for line in ("--config best.json --epochs 300", "--epochs=300 --config=best.json"):
         assert parse_command_line(line.split()) == replace(TINY, c1=5, epochs=300)
 
