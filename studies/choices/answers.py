@@ -142,9 +142,10 @@ def answers() -> list[str]:
         "blocks per stage": lambda row: row["mean_blocks"],
         "channels of the first stage": lambda row: row["c1"] * row["width"],
     }
+    others = [share_of(1), lambda row: row["num_stages"]]  # three stages are wider than four
     for name, number in sizes.items():
-        lines[f"rank correlation with {name}, at an equal share of 1x1 convolutions"] = (
-            rank_correlation(rows, number, equal=[share_of(1)])
+        lines[f"rank correlation with {name}, at equal stages and share of 1x1 convolutions"] = (
+            rank_correlation(rows, number, equal=others)
         )
     numbers = {
         **{f"the share of {k}x{k} convolutions": share_of(k) for k in (1, 3, 5)},
