@@ -23,6 +23,7 @@ from pathlib import Path
 
 import utils
 from config import PRESETS, Config
+from data import Dataset, load_dataset
 from train import train
 
 SEEDS = (0, 1)
@@ -56,9 +57,9 @@ def configuration(change: str, seed: int) -> Config:
     return replace(PRESETS["fast"], **constants, resume=True)
 
 
-def run(change: str, seed: int) -> dict[str, object]:
+def run(change: str, seed: int, data: Dataset) -> dict[str, object]:
     """Train one configuration; returns its row of ablation.csv."""
-    log, _ = train(configuration(change, seed))
+    log, _ = train(configuration(change, seed), data)
     return {
         "change": change,
         "seed": seed,
@@ -71,7 +72,8 @@ def run(change: str, seed: int) -> dict[str, object]:
 
 def study() -> None:
     """Train every configuration, write ablation.csv and print the means."""
-    rows = [run(change, seed) for seed in SEEDS for change in CHANGES]
+    data = load_dataset(configuration("base", SEEDS[0]), test=False)
+    rows = [run(change, seed, data) for seed in SEEDS for change in CHANGES]
     utils.write_csv(Path("studies/ablation.csv"), rows)
     print("\n| change | epochs | minutes | validation accuracy | difference |")
     print("|---|---|---|---|---|")

@@ -1,6 +1,7 @@
 """The studies that ran once: their configurations are valid, and their records can be read."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from learner import Learner
 from studies import ablation, figures, levers
 from studies.best import run as best
 from studies.teacher import run as teacher
+from utils import StoppedError
 
 CPU = torch.device("cpu")
 STUDIES = {  # configurations, CSV, its column, and the changes in it that have no code any more
@@ -87,3 +89,25 @@ def test_arms_of_the_teachers_trial_differ_in_one_thing(stage):
         check_config(config)
         assert (config.seed, config.val_size, config.resume) == (1, 5000, True)
         assert config.teacher or config.label_smoothing
+
+
+def test_runs_of_other_machines_stay_in_the_record(monkeypatch, capsys):
+    path = Path("trial.csv")
+    before = {"arm": "logits", "seed": 0, "val_accuracy": 91.5}
+    utils.write_csv(path, [before])
+    monkeypatch.setattr(teacher, "CSV", path)
+    monkeypatch.setattr(teacher, "load_dataset", lambda *_, **__: None)
+
+    def train(stage, arm, seed, data):
+        if (arm, seed) == ("probabilities", 1):
+            raise StoppedError(15, "asked to end")
+        return {"arm": arm, "seed": seed, "val_accuracy": 90}
+
+    monkeypatch.setattr(teacher, "train", train)
+    with pytest.raises(StoppedError):
+        teacher.study("loss")
+    rows = utils.read_csv(path)
+    assert rows[0] == before
+    assert [(row["arm"], row["seed"]) for row in rows[1:]] == [
+        ("labels", 0), ("probabilities", 0), ("temperature-0.667", 0), ("labels", 1),
+    ]  # fmt: skip

@@ -24,6 +24,7 @@ import torch
 
 import utils
 from config import Config
+from data import Dataset, load_dataset
 from train import train
 
 SEEDS = (0, 1)
@@ -57,9 +58,9 @@ def configuration(change: str, seed: int) -> Config:
     return replace(BASE, **CHANGES[change], name=name, seed=seed, resume=True)
 
 
-def run(change: str, seed: int) -> dict[str, object]:
+def run(change: str, seed: int, data: Dataset) -> dict[str, object]:
     """Train one configuration; returns its row of best.csv."""
-    log, _ = train(configuration(change, seed))
+    log, _ = train(configuration(change, seed), data)
     return {
         "change": change,
         "seed": seed,
@@ -73,7 +74,8 @@ def run(change: str, seed: int) -> dict[str, object]:
 def study(seeds: tuple[int, ...] = SEEDS, /) -> None:
     """Train the configurations of the given seeds; with all seeds, write best.csv."""
     torch.set_num_threads(1)
-    rows = [run(change, seed) for change in CHANGES for seed in seeds]
+    data = load_dataset(BASE, test=False)
+    rows = [run(change, seed, data) for change in CHANGES for seed in seeds]
     if sorted(seeds) == sorted(SEEDS):
         # Keep the rows of changes that have no code any more.
         rows += [row for row in utils.read_csv(CSV) if row["change"] not in CHANGES]

@@ -7,8 +7,9 @@
 Question: which loss, how much regularization and how many views give the shape of `best`, at a
 quarter of its width (16, 32 and 64 channels), the highest validation accuracy in 60 epochs, taught
 by `best`? The teacher has seen all training images, also those that are set aside here, so the arms
-can be compared with each other only. 45,000 images to train on, 5,000 for validation, no test image
-is read, two seeds. Finished runs are not repeated, and a run that is cut off goes on.
+that it teaches can be compared with each other only; `labels` has not, and may be behind for that
+reason alone. 45,000 images to train on, 5,000 for validation, no test image is read, two seeds.
+Runs that are in trial.csv are not repeated, and a run that is cut off goes on.
 
 Record: trial.csv has a row per run, in bfloat16 and beside other work; so far seed 0 of the stage
 `loss` (commit 76a32e1, an AMD EPYC) and of two arms of `less` (26b67a0 and 6210d15, an Intel Xeon
@@ -23,6 +24,7 @@ if __name__ == "__main__":  # above the imports: a missing library or an old Pyt
 
     run_script("studies.teacher.run")
 
+import itertools
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -140,10 +142,10 @@ def train(stage: str, arm: str, seed: int, data: Dataset) -> dict[str, object]:
 def study(stage: Literal["loss", "less", "views"], /) -> None:
     """Train the arms of a stage, one seed after the other; write trial.csv and print the means."""
     data = load_dataset(BASE, test=False)
-    before = utils.read_csv(CSV) if CSV.exists() else []
-    rows = [row for row in before if row["arm"] not in ARMS[stage]]
-    for seed in SEEDS:
-        for arm in ARMS[stage]:
+    rows = utils.read_csv(CSV) if CSV.exists() else []
+    done = {(row["arm"], row["seed"]) for row in rows}
+    for seed, arm in itertools.product(SEEDS, ARMS[stage]):
+        if (arm, seed) not in done:
             rows.append(train(stage, arm, seed, data))
             utils.write_csv(CSV, rows)
     print("\n| arm | validation accuracy |\n|---|---|")
