@@ -112,7 +112,7 @@ def run_search(search: Search, preset: str, space: Space = SPACE) -> list[Row]:
     trials.draw(1)  # are there networks within the limits?
     if search.resume:
         trials.load()
-    elif trials.path.exists():
+    elif trials.have_begun:
         raise InputError(
             f"name: {trials.path} exists already; continue that search with --resume"
             f" {search.name}, or give another --name"

@@ -78,6 +78,12 @@ class Trials:
         self.columns += ["num_params", "macs", "num_stages", "pooled_size", *self.constants]
         self.columns += ["rejected", "error"]
 
+    @property
+    def have_begun(self) -> bool:
+        """False too if a search was ended between locking its folder and writing in it."""
+        left = ("run.lock", utils.TEMPORARY)
+        return any(not path.name.startswith(left) for path in self.path.glob("*"))
+
     def folder(self, number: int) -> Path:
         return self.path / f"{number:03d}"
 

@@ -452,6 +452,20 @@ def test_a_search_that_is_killed_and_stopped_finds_what_an_unbroken_one_finds(wh
         assert found == rows()
 
 
+def test_a_search_that_ended_before_it_wrote_anything_can_be_started_again():
+    folder = Path("checkpoints/there")
+    line = "demo --name there --address 127.0.0.1:9".split()
+    for left, field in (
+        ("run.lock", "address"),
+        (".tmp-1/search.json", "address"),
+        ("001", "name"),
+    ):
+        (folder / left).parent.mkdir(parents=True, exist_ok=True)
+        (folder / left).touch()
+        with pytest.raises(InputError, match=f"^{field}: "):
+            main(line, TINY)
+
+
 @pytest.mark.slow
 def test_a_search_stops_after_three_failures_for_one_reason():
     driver = start("demo --name tiny --num-samples 5 --epochs 1")

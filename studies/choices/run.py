@@ -116,7 +116,7 @@ def run(options: Search, preset: str, space: Space) -> list[Row]:
         InputError: the search was started with other options.
         SearchError: a trial failed; the same command runs it again.
     """
-    if (CHECKPOINTS / options.name).exists():
+    if (CHECKPOINTS / options.name / "search.json").exists():
         preset, options = load_search(replace(options, resume=options.name), space)
     rows = run_search(options, preset, space)
     if left := options.num_samples - sum(row["status"] in ENDED for row in rows):
