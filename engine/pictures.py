@@ -153,7 +153,10 @@ def to_rgb(file: Image.Image) -> Image.Image:
     """Convert the first frame to 8-bit RGB: upright by its EXIF, alpha over white, 16 bits to 8."""
     if file.format == "PNG" and "transparency" in file.info:
         scale_transparent_color(file)
-    turn = UPRIGHT.get(file.getexif().get(ExifTags.Base.Orientation))
+    file.load()  # which turns a TIFF upright and drops the tag
+    turn = None
+    with contextlib.suppress(Exception):  # of many kinds: damaged EXIF turns nothing
+        turn = UPRIGHT.get(file.getexif().get(ExifTags.Base.Orientation))
     image = file.copy() if turn is None else file.transpose(turn)
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers; save it with 8 bits")

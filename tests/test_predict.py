@@ -203,11 +203,20 @@ def test_exif_orientation_is_undone_whatever_the_other_tags_are(orientation):
     stored = Image.fromarray(PHOTO)
     stored.getexif()[0x0112] = orientation
     upright = seen(ImageOps.exif_transpose(stored))
-    assert torch.equal(seen(stored, exif=stored.getexif().tobytes()), upright)
+    for file_format in ("PNG", "TIFF"):  # Pillow itself turns a TIFF as it loads
+        exif = stored.getexif().tobytes()
+        assert torch.equal(seen(stored, exif=exif, format=file_format), upright)
     resolution_as_text = struct.pack(">HHI4s", 0x011A, 2, 3, b"72")
     tags = struct.pack(">HHIHxx", 0x0112, 3, 1, orientation) + resolution_as_text
     exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2) + tags + bytes(4)
     assert torch.equal(seen(stored, exif=exif), upright)
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
+def test_damaged_exif_turns_nothing(file_format):
+    picture = Image.fromarray(PHOTO)
+    damaged = seen(picture, exif=b"Exif\0\0" + bytes(40), format=file_format)
+    assert torch.equal(damaged, seen(picture, format=file_format))
 
 
 @pytest.mark.parametrize("file_format", ["GIF", "PNG", "WEBP", "TIFF", "MPO"])
