@@ -206,7 +206,9 @@ def file_name(network: str, kind: str) -> str:
 def page_files(network: bytes, facts: dict[str, object]) -> dict[str, bytes]:
     """The files of a page by name: ours, an ONNX network, and the facts that the page shows."""
     files = {name: (WEB / name).read_bytes() for name in ("index.html", "offline.js")}
-    description = json.dumps(facts, indent=2) + "\n"
+    # A browser that has kept the network of an older page refuses it under the new class names.
+    digest = base64.b64encode(hashlib.sha384(network).digest()).decode()
+    description = json.dumps(facts | {"integrity": f"sha384-{digest}"}, indent=2) + "\n"
     return {"network.onnx": network, "network.json": description.encode(), **files}
 
 

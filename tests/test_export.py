@@ -126,6 +126,8 @@ def test_page_is_a_whole_folder_with_the_facts_and_examples_of_the_network(expor
     assert facts["class_names"] == info["class_names"]
     assert facts["temperature"] == info["temperature"]
     assert facts["checkpoint_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha384((folder / "network.onnx").read_bytes()).digest()
+    assert facts["integrity"] == f"sha384-{base64.b64encode(digest).decode()}"
     test = load_dataset(Config(dataset="digits")).test
     assert (facts["accuracy"], facts["test_images"]) == (verdicts[-1].accuracy, len(test))
     assert [one["class_name"] for one in facts["examples"]] == ["0", "1", "2"]

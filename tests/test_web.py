@@ -302,6 +302,30 @@ def test_runtime_that_is_missing_or_another_gets_a_sentence(browser, reply):
         page.close()
 
 
+def test_network_of_another_page_is_refused(browser, tmp_path):
+    """A browser may have kept it from before the class names changed."""
+    write_page(tmp_path, ["ant", "dog"])
+    with (tmp_path / MODEL.name).open("ab") as file:
+        file.write(b"\x32\x01x")  # another doc_string: ONNX Runtime would take it
+    with serve(tmp_path) as address:
+        page = open_page(browser, address, answer_for_cdn)
+        alert = page.get_by_role("alert")
+        sync_api.expect(alert).to_contain_text("The network could not be loaded", timeout=10_000)
+        page.close()
+
+
+def test_browser_without_webassembly_is_told_so_before_anything_is_downloaded(browser):
+    context = browser.new_context()
+    context.add_init_script("delete globalThis.WebAssembly")
+    with serve(WEB) as address:
+        page = open_page(context, address, answer_for_cdn)
+        alert = page.get_by_role("alert")
+        sync_api.expect(alert).to_contain_text("This browser cannot run the network")
+        asked = [Path(url).name for url in page.asked]
+        assert asked == ["index.html", "network.json"]
+    context.close()
+
+
 def test_pictures_are_sent_nowhere(page):
     """The other tests ran offline; the page asked for its own files alone, and may do no more."""
     check_answer(page, encode(noise(64, 48)))
