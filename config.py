@@ -368,7 +368,7 @@ def check_resumable(config: Config, stored: dict[str, object], folder: Path) -> 
     """Raise InputError if a run that was started with other constants cannot continue with these.
 
     The fields of `Execution` may change, and `epochs` may grow; from there on the schedule is that
-    of the longer run.
+    of the longer run. `init` and `teacher` may name the same weights in another place.
 
     Args:
         stored: the constants that the run was started with.
@@ -378,6 +378,8 @@ def check_resumable(config: Config, stored: dict[str, object], folder: Path) -> 
         name, new = constant.name, getattr(config, constant.name)
         # A constant that is not stored is newer than the run; its default changes nothing.
         old = stored.get(name, constant.default)
+        if name in ("init", "teacher") and old and new:  # the state has their weights' hash
+            continue
         longer = name == "epochs" and new > old
         if old != new and name == "num_classes":  # follows from the data
             raise InputError(

@@ -1,6 +1,7 @@
 """Trained networks that a run names, and the one from whose weights it starts."""
 
 import hashlib
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from config import Config
 from data import Dataset
-from engine.checkpoint import find_checkpoint, load_model
+from engine.checkpoint import PREVIOUS, checksum, find_checkpoint, load_model
 from model import Architecture, per_stage, stage_channels
 from utils import CHECKPOINTS, InputError, part_of
 
@@ -17,10 +18,14 @@ from utils import CHECKPOINTS, InputError, part_of
 class NamedNetwork:
     """The network that a constant of a run names: that of another run, or a released one.
 
-    A resumed run must be given the same file.
+    A resumed run must be given the same weights, in whatever file.
 
     Args:
         field: the name of the constant, `init` or `teacher`.
+
+    Attributes:
+        sha256: of the file, which is another one after every save of the same network.
+        weights_sha256: of the weights, normalization and class names: what a run learns from.
 
     Raises:
         InputError: it is no network, or that of this run; or a folder of several is named.
@@ -33,30 +38,41 @@ class NamedNetwork:
             self.model, self.info = load_model(self.path)
         except InputError as error:
             problem = str(error).removeprefix("checkpoint: ")
-            if config.resume:  # another file would be refused
+            run = CHECKPOINTS / config.name
+            if config.resume and any((run / state).exists() for state in ("last.pt", PREVIOUS)):
                 problem = f"{problem.partition(';')[0]}; restore it, which --resume needs"
             raise InputError(f"{field}: {problem}") from None
-        if self.path.resolve().parent == (CHECKPOINTS / config.name).resolve():
+        own, is_file = (CHECKPOINTS / config.name).resolve(), Path(self.name).is_file()
+        if self.path.resolve().parent == own:
             raise InputError(
                 f"{field}: {self.name} is the network of this run itself; give another --name"
             )
         known_as = self.path.parent.name, self.path.name, self.path.stem
-        if not Path(self.name).is_file() and Path(self.name).name not in known_as:
+        if not is_file and Path(self.name).name not in known_as:
             raise InputError(  # the newest of them is another one tomorrow
                 f"{field}: {self.name} is a folder of several networks; name one of them, such as"
                 f" {self.path.as_posix()}"
             )
+        named = (Path(self.name), CHECKPOINTS / self.name)
+        if not is_file and any(own.is_relative_to(folder.resolve()) for folder in named):
+            raise InputError(
+                f"{field}: {self.name} would be this run itself as soon as it is saved; give"
+                f" another --name, or name the file {self.path.as_posix()}"
+            )
         self.sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
+        texts = {name: json.dumps(self.info[name]) for name in ("mean", "std", "class_names")}
+        self.weights_sha256 = checksum(self.model.state_dict(), texts)
 
     def state_dict(self) -> dict[str, str]:
         """The network that a run was started with."""
-        return {"sha256": self.sha256}
+        return {"weights_sha256": self.weights_sha256}
 
     def load_state_dict(self, state: dict[str, str]) -> None:
         """Raise ValueError if a run was started with another network."""
-        if state["sha256"] != self.sha256:
+        # Older states have the hash of the file.
+        if any(getattr(self, name) != value for name, value in state.items()):
             raise ValueError(
-                f"{self.field}: {self.path.as_posix()} is not the file that it was started with"
+                f"{self.field}: {self.path.as_posix()} is not the network that it was started with"
             )
 
 

@@ -129,13 +129,15 @@ class Teacher(NamedNetwork):
 
     @property
     def described(self) -> dict[str, object]:
-        """Everything that the answers depend on, except the number of the view."""
+        """All that the answers depend on, except the view's number and how a device rounds."""
         constants = asdict(part_of(self.config, Data))
         views = {name: value for name, value in constants.items() if name not in NOT_OF_VIEWS}
         if not self.config.trivial_augment:  # a constant that is newer than many kept answers
             del views["trivial_augment"]
         views["seed"] = self.config.seed
-        return {"teacher": self.sha256, "data": self.data.fingerprint, "views": views}
+        precision = {} if self.config.bfloat16 else {"bfloat16": False}
+        facts = {"teacher": self.weights_sha256, "data": self.data.fingerprint, "views": views}
+        return facts | precision
 
     @property
     def folder(self) -> Path:

@@ -911,13 +911,14 @@ def test_a_run_from_weights_resumes_to_the_bit_but_not_from_others(source, tiny)
     with pytest.raises(InputError, match=r"^init: .*; restore it, which --resume needs"):
         train(replace(config, resume=True))
     del info["architecture"]
-    save_model(path, model, info | {"seed": 1})
-    with pytest.raises(
-        InputError, match=r"^resume: .*init: .* is not the file that it was started with"
-    ):
-        train(replace(config, resume=True))
-    path.write_bytes(content)
-    train(replace(config, resume=True))
+    for other in ({"mean": [0.5] * 3}, {"class_names": list("abcdefghij")}):
+        save_model(path, model, info | other)
+        with pytest.raises(
+            InputError, match=r"^resume: .*init: .* is not the network that it was started with"
+        ):
+            train(replace(config, resume=True))
+    Path("moved.safetensors").write_bytes(content)
+    train(replace(config, init="moved.safetensors", resume=True))
     whole, resumed = (
         load_model(f"checkpoints/{name}/model.safetensors")[0] for name in ("whole", "tiny")
     )
@@ -935,6 +936,11 @@ def test_a_run_from_weights_resumes_to_the_bit_but_not_from_others(source, tiny)
         ({"init": "nothing"}, "^init: nothing does not exist"),
         ({"name": "source", "overwrite": True}, "^init: .* is the network of this run itself;"),
         ({"init": "checkpoints"}, "^init: checkpoints is a folder of several networks; name one"),
+        ({"name": "fast", "init": "fast"}, "^init: fast would be this run itself as soon as it is"),
+        (
+            {"name": "fast/1", "init": "fast"},
+            "^init: fast would be this run itself .*, or name the file .*/fast.safetensors$",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(source, tiny, changes, words):

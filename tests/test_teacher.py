@@ -148,7 +148,8 @@ def test_runs_with_other_views_share_no_answers(name, value):
 def test_runs_of_another_teacher_or_other_data_share_no_answers():
     before = folder_of()
     assert folder_of(replace(DIGITS, fingerprint="another")) != before
-    rewritten(seed=1)
+    assert folder_of(bfloat16=False) != before
+    rewritten(scale=2)
     assert folder_of() != before
 
 
@@ -239,9 +240,11 @@ def test_taught_by_itself_a_network_has_no_gradient_but_of_weight_decay(digits):
     assert largest < 1e-2 < max(p.grad.abs().max() for p in network.parameters())
 
 
-def rewritten(**changes):
+def rewritten(scale=1.0, **changes):
+    """The teacher's file, with its last layer scaled and other metadata."""
     network, info = load_model("teacher.safetensors")
     info.pop("architecture")
+    network.linear.weight.data *= scale
     save_model("teacher.safetensors", network, info | changes)
 
 
@@ -301,6 +304,8 @@ def test_teacher_is_named_as_a_run_is():
     Path("checkpoints/large/model.safetensors").unlink()
     with pytest.raises(InputError, match=r"^teacher: .*; restore it, which --resume needs"):
         train(replace(VIEWED, epochs=2, teacher="large", resume=True))
+    with pytest.raises(InputError, match=r"^teacher: large .*; train one"):  # the first start
+        train(replace(VIEWED, name="new", teacher="large", resume=True))
 
 
 def test_answers_that_cannot_be_written_are_not_computed(digits, monkeypatch):
@@ -310,11 +315,18 @@ def test_answers_that_cannot_be_written_are_not_computed(digits, monkeypatch):
         teacher_of(replace(VIEWED, teacher_views=1)).kept(1, nothing)
 
 
-def test_another_teacher_cannot_go_on():
-    train(replace(VIEWED, epochs=1))
-    rewritten(seed=1)
-    with pytest.raises(InputError, match=r"resume: .*teacher: .* is not the file that it was"):
-        train(replace(VIEWED, epochs=2, resume=True))
+def test_the_same_teacher_in_another_file_goes_on_and_another_one_cannot():
+    viewed = replace(VIEWED, teacher_views=1)
+    train(replace(viewed, epochs=1))
+    Path("moved").mkdir()
+    rewritten(seed=1)  # a finished run writes its file again when it is resumed
+    shutil.move("teacher.safetensors", "moved/same.safetensors")
+    train(replace(viewed, epochs=2, resume=True, teacher="moved/same.safetensors"))
+    assert len(answer_files()) == 1
+    shutil.move("moved/same.safetensors", "teacher.safetensors")
+    rewritten(scale=2)
+    with pytest.raises(InputError, match=r"resume: .*teacher: .* is not the network that it was"):
+        train(replace(viewed, epochs=3, resume=True))
 
 
 @pytest.mark.parametrize(
