@@ -20,6 +20,8 @@ if __name__ == "__main__":  # above the imports: a missing library or an old Pyt
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
+
 from config import Config, check_batches, check_config, parse_command_line
 from data import Dataset, class_names_of, load_dataset, train_batches
 from engine import distributed
@@ -29,7 +31,7 @@ from engine.run import Run, end_by_signal, how_to_go_on, remove_runs
 from engine.script import stop_signals
 from engine.start import Start
 from engine.teacher import Teacher
-from learner import Learner, Proxy
+from learner import Learner, Proxy, check_compiler
 from model import check_budget
 from utils import CHECKPOINTS, InputError, quoted
 
@@ -63,20 +65,15 @@ def train(
     run = Run(config, report)  # refuses at once to overwrite a run, or to mix up two
     start = Start(config) if config.init else None
     teacher = Teacher(config) if config.teacher else None
-    if data is None:
-        with distributed.first_on_each_machine():
-            data = load_dataset(config)
-    check_batches(config, len(data.train), distributed.num_processes())
-    data = start.normalized(data).to(device) if start else data.to(device)
+    data = load(config, device, start, teacher, data)
 
     learner = Learner(config, data, device, start)
     proxy = Proxy(config, data, device) if config.keep_fraction < 1 else None
-    if teacher:
-        teacher.prepare(data, device)
     with run.opened(data, learner, proxy, teacher, start):  # locked, and resumed from a saved state
         while run.epoch < config.epochs:
-            answers = teacher.answers(run.epoch + 1, run.stop_if_asked) if teacher else None
-            batches = train_batches(data, config, run.epoch + 1, run.step, answers)
+            epoch = run.begin_epoch()
+            answers = teacher.answers(epoch, run.stop_if_asked) if teacher else None
+            batches = train_batches(data, config, epoch, run.step, answers)
             if proxy:
                 batches = proxy.hardest(batches, run.step)
             for images, targets, n in run.steps(batches):  # saves and stops between two steps
@@ -91,6 +88,28 @@ def train(
         test = evaluate(model, data.test, data.normalize, run.stop_if_asked)
         run.finish(test, temperature)
     return run.log, test
+
+
+def load(
+    config: Config,
+    device: torch.device,
+    start: Start | None,
+    teacher: Teacher | None,
+    data: Dataset | None = None,
+) -> Dataset:
+    """Load the data, unless it is given, to `device`, and check what else depends on it.
+
+    Raises:
+        InputError: it cannot be read, or does not fit the batches or the teacher.
+    """
+    if data is None:
+        with distributed.first_on_each_machine():
+            data = load_dataset(config)
+    check_batches(config, len(data.train), distributed.num_processes())
+    data = start.normalized(data).to(device) if start else data.to(device)
+    if teacher:
+        teacher.prepare(data, device)
+    return data
 
 
 def with_classes(config: Config, data: Dataset | None = None) -> Config:
@@ -114,30 +133,33 @@ def train_seeds(config: Config) -> list[Score]:
     `overwrite`, the old runs of all seeds are removed before the first is trained.
 
     Raises:
-        InputError: one of them cannot be trained; or a disk is full.
+        InputError: one of them cannot be trained, and no old run was removed; or a disk is full.
         DivergenceError: a loss is no longer finite; the runs before it are complete.
         StoppedError: a signal asked to end; --resume goes on.
     """
     config, configs, runs = with_classes(config), [], []
-    distributed.init_processes(config.deterministic)
+    device = distributed.init_processes(config.deterministic)
     for seed in range(config.seed, config.seed + config.seeds):
         configs.append(replace(config, name=f"{config.name}-{seed}", seed=seed, seeds=1))
         check_config(configs[-1])
         runs.append(Run(configs[-1]))  # what is wrong is reported now, not hours later
-        if config.init:
-            Start(configs[-1])
-        if config.teacher:
-            Teacher(configs[-1])
+        start = Start(configs[-1]) if config.init else None
+        teacher = Teacher(configs[-1]) if config.teacher else None
+    data = load(config, device, start, teacher)
+    if config.compile:
+        check_compiler(device)
     if config.overwrite:
         remove_runs(runs)
+    del runs, start, teacher  # their memory is needed
     scores, val = [], []
     with stop_signals:
         for one in configs:
             if number := max(distributed.all_reduce_max(stop_signals.received)):
                 end_by_signal(number, f"before {one.name}; {how_to_go_on(config)}")
-            log, score = train(one)
+            log, score = train(one, data)
             scores.append(score)
             val.append(log[-1]["val_accuracy"])
+            distributed.give_back_memory()
     if distributed.is_main():
         if config.val_size:
             print(f"{len(configs)} seeds: validation accuracy {summary(val)}")

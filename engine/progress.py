@@ -88,6 +88,7 @@ class Progress:
         self.epochs, self.images_per_epoch = config.epochs, images_per_epoch(config, num_images)
         # The time of an image is proportional to its pixels.
         self._pixels = [image_size(config, epoch) ** 2 for epoch in range(1, config.epochs + 1)]
+        self._has_views = config.teacher_views > 0
         self._bar = tqdm(disable=True)
         self._timed: list[tuple[int, float]] = []  # images and end of this process's first steps
 
@@ -124,7 +125,8 @@ class Progress:
             now, *later = self._pixels[epoch - 1 :]
             left = self.images_per_epoch * (1 + sum(later) / now) - seen
             if left:
-                tqdm.write(f"estimated time on this CPU: {duration(pace * left)}")
+                kept = " beside the teacher's answers" if self._has_views else ""
+                tqdm.write(f"estimated time on this CPU: {duration(pace * left)}{kept}")
                 sys.stdout.flush()  # a file shows it now, not at the end of the epoch
 
     def close(self) -> None:

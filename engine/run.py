@@ -229,6 +229,11 @@ class Run:
 
     # ------------------------------------------------------------ an epoch
 
+    def begin_epoch(self) -> int:
+        """Start the clock of the next epoch, or of the rest of one; returns its number, from 1."""
+        self._clock = time.perf_counter() - self.seconds
+        return self.epoch + 1
+
     def steps(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield the batches of an epoch, or the rest of it; save and stop between two steps.
 
@@ -237,7 +242,6 @@ class Run:
         """
         if not self.step:
             self.lr = self.learner.lr
-        self._clock = time.perf_counter() - self.seconds
         self.progress.begin_epoch(self.epoch + 1, self.seen)
         for batch in batches:
             yield batch
@@ -349,7 +353,8 @@ class Run:
         """Write last.pt, unless the state is not finite.
 
         The first state of a new run replaces what was in the folder. So a run that ends before its
-        first step is none, and the run that it was to overwrite is left as it was.
+        first step is none, and the run that it was to overwrite is left as it was; also if that
+        state cannot be written.
         """
         parts = {name: part.state_dict() for name, part in self._parts.items()}
         if not all_finite(parts):
@@ -357,17 +362,18 @@ class Run:
         if is_main():
             started = {"config": record(self.config), "data_fingerprint": self.data.fingerprint}
             position = self._position() | {"wandb_id": self.wandb.id}
-            if not self._has_state:
-                self.remove_old_run()
             save_state(self.folder / "last.pt", started | {"metrics": position} | parts)
+            if not self._has_state:
+                self.remove_old_run(but="last.pt")
             if self._saved_at == -math.inf:
                 write_json(self.folder / "config.json", started["config"])
         self._saved_at = time.monotonic()
 
-    def remove_old_run(self) -> None:
-        """Remove the files of the run in the folder, and the W&B logs of others than this one."""
+    def remove_old_run(self, but: str = "") -> None:
+        """Remove a run's files `but` one, and the W&B logs of others than this run."""
         for name in reversed(RUN_FILES):
-            (self.folder / name).unlink(missing_ok=True)
+            if name != but:
+                (self.folder / name).unlink(missing_ok=True)
         logs = self.folder / "wandb"
         if not logs.is_symlink():
             for log in logs.glob("*run-*"):

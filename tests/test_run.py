@@ -15,6 +15,7 @@ import subprocess
 import sys
 import termios
 import threading
+import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -420,6 +421,19 @@ def test_run_that_ends_before_its_first_step_is_none(tiny, overwrite, old, again
     Run(config)
 
 
+def test_a_run_that_cannot_be_saved_leaves_the_one_that_it_was_to_overwrite(tiny, monkeypatch):
+    train(replace(tiny, epochs=1))
+    before = files()
+
+    def full(path, *_):
+        raise InputError(f"{path}: cannot be written (No space left on device)")
+
+    monkeypatch.setattr("engine.run.save_state", full)
+    with pytest.raises(InputError, match="No space left"):
+        train(replace(tiny, overwrite=True))
+    assert files() == before
+
+
 def test_advice_after_a_stop_leaves_overwrite_out(tiny):
     """With both options the command would be refused."""
     config = replace(tiny, overwrite=True)
@@ -745,9 +759,9 @@ def test_seeds_that_overwrite_and_are_stopped_go_on_without_the_old_runs(
         train_seeds(replace(config, overwrite=True))
     assert all(Path(f"checkpoints/tiny-{seed}/last.pt").exists() for seed in range(3))
 
-    def stopped(config):
+    def stopped(config, data):
         os.kill(os.getpid(), signal.SIGTERM)
-        return train(config)
+        return train(config, data)
 
     with monkeypatch.context() as patch:
         patch.setattr("train.train", stopped)
@@ -756,6 +770,35 @@ def test_seeds_that_overwrite_and_are_stopped_go_on_without_the_old_runs(
     assert len(list(Path("checkpoints").rglob("last.pt"))) == 1
     scores = train_seeds(replace(config, resume=True))
     assert len({score.loss for score in scores}) == 3
+
+
+@pytest.mark.parametrize(
+    "mistake", [{"batch_size": 5000}, {"val_size": 1700}, {"dataset": "cifar10"}]
+)
+def test_seeds_that_cannot_be_trained_remove_no_old_run(tiny, trained, mistake):
+    for seed in range(2):
+        shutil.copytree(trained, f"checkpoints/tiny-{seed}")
+    before = files()
+    changes = {"download": False, "flip": "none", "crop_padding": 0} | mistake
+    with pytest.raises(InputError, match=r"^(data_dir|batch_size|val_size): "):
+        train_seeds(replace(tiny, seeds=2, overwrite=True, **changes))
+    assert files() == before
+
+
+def test_networks_of_earlier_seeds_are_gone(tiny, monkeypatch):
+    """A GPU may have no memory for several."""
+    alive = weakref.WeakSet()
+    left = []
+
+    class Noted(Learner):
+        def __init__(self, *args):
+            left.append(len(alive))
+            super().__init__(*args)
+            alive.add(self)
+
+    monkeypatch.setattr("train.Learner", Noted)
+    train_seeds(replace(tiny, seeds=3, epochs=1))
+    assert left == [0, 0, 0]
 
 
 @pytest.mark.parametrize("name", ["tiny", "proxy, muon"])

@@ -4,6 +4,7 @@ import functools
 import os
 import shutil
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,6 +120,18 @@ def test_answers_are_computed_once_and_shared():
     assert [path.stat().st_mtime_ns for path in answer_files()] == written
     train(replace(config, name="other-views", seed=1, epochs=1))
     assert len(answer_files()) == 3
+
+
+def test_the_time_of_an_epoch_includes_its_answers(monkeypatch):
+    compute = Teacher.compute
+
+    def slow(*args):
+        time.sleep(0.5)
+        return compute(*args)
+
+    monkeypatch.setattr(Teacher, "compute", slow)
+    rows, _ = train(replace(VIEWED, epochs=2, teacher_views=2))
+    assert min(row["seconds"] for row in rows) > 0.5
 
 
 def folder_of(data=DIGITS, **changes):

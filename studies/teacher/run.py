@@ -124,8 +124,9 @@ def train(stage: str, arm: str, seed: int, data: Dataset) -> dict[str, object]:
         teacher.prepare(data, device)
     with run.opened(data, learner, teacher=teacher):
         while run.epoch < config.epochs:
-            answers = teacher.answers(run.epoch + 1, run.stop_if_asked) if teacher else None
-            batches = train_batches(data, config, run.epoch + 1, run.step, answers)
+            epoch = run.begin_epoch()
+            answers = teacher.answers(epoch, run.stop_if_asked) if teacher else None
+            batches = train_batches(data, config, epoch, run.step, answers)
             for images, targets, n in run.steps(batches):
                 run.add(learner.step(images, targets, n), n)
             run.end_epoch(evaluate(learner.eval_model, data.val, data.normalize, run.stop_if_asked))
