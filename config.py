@@ -139,7 +139,7 @@ class Execution:
     save_minutes: Annotated[float, Range(0, 1e6)] = 5.0
     """Minutes between saves within an epoch; 0 saves after every step."""
     compile: bool = False
-    """Use torch.compile, which rounds differently: faster on CPUs, but for `fast` and `small`."""
+    """Use torch.compile, which rounds differently: faster with AMX, but for `fast` and `small`."""
     data_dir: str = "data"
     """Folder of CIFAR, or of the class folders of your own pictures."""
     download: bool = True
