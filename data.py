@@ -358,8 +358,11 @@ def load_cifar(name: str, data_dir: Path, download: bool, test: bool) -> Dataset
     try:
         dataset = load_unpacked(name, data_dir, test)
         if dataset is None:
-            unpack_archive(RELEASES[name], data_dir, download)
-            dataset = load_unpacked(name, data_dir, test)
+            with one_at_a_time(data_dir):
+                dataset = load_unpacked(name, data_dir, test)  # another may have unpacked it
+                if dataset is None:
+                    unpack_archive(RELEASES[name], data_dir, download)
+                    dataset = load_unpacked(name, data_dir, test)
     except OSError as error:
         raise InputError(
             f"data_dir: {error.filename or data_dir} cannot be read or written ({error.strerror});"
@@ -405,6 +408,33 @@ def is_there(path: Path) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Let one process at a time run the block, of all that share the folder, if it has locks.
+
+    Two that download to one file would cut off what the other one has written.
+    """
+    import filelock
+
+    is_new = not is_there(folder)
+    lock = filelock.FileLock(folder / "download.lock", fallback_to_soft=False)
+    with contextlib.suppress(OSError):  # what cannot be written says so in the block
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            print(f"waiting for another process that downloads to {folder} or unpacks in it")
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+        with contextlib.suppress(OSError):
+            (folder / "download.lock").unlink(missing_ok=True)
+            if is_new:
+                folder.rmdir()  # unless there is something in it
+
+
 def unpack_archive(release: Release, data_dir: Path, download: bool) -> None:
     """Unpack an official archive in `data_dir`; without a sound one, download it.
 
@@ -429,15 +459,11 @@ def unpack_archive(release: Release, data_dir: Path, download: bool) -> None:
     if download:
         if problems:
             warn(f"data_dir: {problem}; downloading {release.title} again")
-        folder_is_new = not is_there(data_dir)
         try:
             utils.download_and_extract_archive(official.url, data_dir, md5=official.tgz_md5)
             return
         except (OSError, RuntimeError) as error:
             problem += f", and the download failed ({first_line(error)})"
-            if folder_is_new:
-                with contextlib.suppress(OSError):
-                    data_dir.rmdir()
     raise InputError(
         f"data_dir: {problem}; {'' if download else 'allow its download, or '}put"
         f" {official.filename} (MD5 {official.tgz_md5}) or {release.binary_folder}/ into"

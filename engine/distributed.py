@@ -6,12 +6,17 @@ import functools
 import gc
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from utils import InputError
+
+# How long processes wait for one that downloads the data or reads many pictures; NCCL's own limit
+# of 10 minutes may be too short. If one dies, torchrun ends the others at once.
+PATIENCE = timedelta(hours=2)
 
 # ---------------------------------------------------------------- device and precision
 
@@ -61,7 +66,8 @@ def init_processes(deterministic: bool = False) -> torch.device:
     else:
         device = torch.device("cpu")
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
+        dist.init_process_group(backend, timeout=PATIENCE)
     return device
 
 

@@ -3,7 +3,11 @@ import hashlib
 import io
 import os
 import pickle
+import shutil
 import tarfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -276,6 +280,26 @@ def test_without_sound_files_one_line_says_what_to_do(
     assert ("downloading CIFAR-10 again" in warning) == (download and damage != "nothing there")
     if damage == "nothing there":
         assert not folder.exists()
+
+
+def test_of_two_processes_one_downloads_and_the_other_waits(tiny_cifar10, monkeypatch, capsys):
+    begun, calls = threading.Event(), []
+
+    def slow(release, data_dir, download):
+        calls.append(data_dir)
+        begun.set()
+        time.sleep(0.5)
+        shutil.copytree(tiny_cifar10[0], data_dir, dirs_exist_ok=True)
+
+    monkeypatch.setattr(data, "unpack_archive", slow)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(cifar10, Path("new"))
+        begun.wait()
+        second = cifar10(Path("new"))
+    assert second.fingerprint == first.result().fingerprint
+    assert len(calls) == 1
+    assert "waiting for another process that downloads to new" in capsys.readouterr().out
+    assert not Path("new/download.lock").exists()
 
 
 @pytest.mark.parametrize("download", [False, True])

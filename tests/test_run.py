@@ -373,6 +373,18 @@ def test_resume_starts_a_run_where_there_is_none_but_not_without_its_state(tiny,
     assert files() == before
 
 
+def test_processes_with_different_states_go_on_with_none(tiny, trained, monkeypatch):
+    """As on two nodes whose folders are not the same."""
+    shutil.copytree(trained, FOLDER)
+    before = files()
+    with monkeypatch.context() as patch:
+        patch.setattr("engine.run.broadcast_from_main", lambda found: None)
+        with pytest.raises(InputError, match=r"^resume: the processes do not find the same state"):
+            train(replace(tiny, resume=True))
+    assert files() == before
+    train(replace(tiny, resume=True))
+
+
 def test_overwrite_starts_anew(tiny):
     linked = FOLDER.with_name("other") / "wandb"
     linked.parent.mkdir(parents=True)
