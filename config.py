@@ -443,7 +443,8 @@ def parse_command_line(args: list[str]) -> Config:
         if option == "--resume" and value not in PRESETS and not value.startswith("-"):
             raise InputError(f"resume: {value!r}, but --resume takes no value; {resuming(value)}")
     for place, (before, arg) in enumerate(itertools.pairwise(args), start=1):
-        if arg in PRESETS and not before.startswith("-"):  # after a list, for one of its values
+        is_value = before.startswith("-") or args[0] in PRESETS
+        if arg in PRESETS and not is_value:  # it would be taken for one more value of a list
             args = [arg, *args[:place], *args[place + 1 :]]
     # Parsed once to find the preset or file, and once more with its constants as the defaults.
     bare = [arg for arg in args if arg not in ("-h", "--help")]

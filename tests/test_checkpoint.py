@@ -4,6 +4,7 @@ import importlib
 import json
 import pickle
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from conftest import ROOT, Bomb
 
 from engine import checkpoint
-from engine.checkpoint import load_model, load_state, save_model, save_state
+from engine.checkpoint import checksum, load_model, load_state, save_model, save_state
 from model import Architecture, ResNet
 from utils import InputError
 
@@ -54,13 +55,21 @@ def test_half_precision_weights_load_as_float(tmp_path):
 
 
 def tampered(path, **changes):
-    """A file of ours, its metadata changed; a key set to None is removed."""
+    """A file of ours with other metadata, and the hash of that; a key set to None is removed."""
     save_model(path, ResNet(Architecture(**SMALL)), INFO)
     with safetensors.safe_open(path, "pt") as file:
         texts = file.metadata()
     texts |= {k: json.dumps(v) for k, v in changes.items()}
-    texts = {k: v for k, v in texts.items() if v != "null"}
-    path.write_bytes(safetensors.torch.save(safetensors.torch.load(path.read_bytes()), texts))
+    marks = {"file_format": texts.pop("file_format")}
+    texts = {k: v for k, v in texts.items() if v != "null" and k != "sha256"}
+    tensors = safetensors.torch.load(path.read_bytes())
+    marks["sha256"] = checksum(tensors, texts)
+    path.write_bytes(safetensors.torch.save(tensors, texts | marks))
+
+
+def built(**changes):
+    """The small network's architecture as JSON, changed."""
+    return asdict(Architecture(**SMALL)) | changes
 
 
 @pytest.mark.parametrize(
@@ -75,10 +84,10 @@ def tampered(path, **changes):
         lambda p: torch.save({"model": Bomb()}, p),
         lambda p: safetensors.torch.save_file({"weight": torch.ones(3)}, p),
         lambda p: tampered(p, architecture=None),
-        lambda p: tampered(p, architecture={"num_blocks": [500, 500, 500, 500], "c1": 4096}),
-        lambda p: tampered(p, architecture={"num_blocks": [1, 1, 1], "c1": 5}),
-        lambda p: tampered(p, architecture={"num_blocks": [1, 1, 1], "c1": "many"}),
-        lambda p: tampered(p, architecture={"layers": 3}),
+        lambda p: tampered(p, architecture=built(num_blocks=[99, 99, 99, 99], c1=4096)),
+        lambda p: tampered(p, architecture=built(c1=5)),
+        lambda p: tampered(p, architecture=built(c1="many")),
+        lambda p: tampered(p, architecture=built(layers=3)),
         lambda p: tampered(p, architecture=[1, 2]),
         lambda p: tampered(p, mean=None),
         lambda p: tampered(p, std=[0, 1, "x"]),

@@ -32,7 +32,16 @@ import config as config_module
 import export
 import predict
 import utils
-from config import CLAIMS, GROUPS, PRESETS, Config, check_config, load_config, parse_command_line
+from config import (
+    CLAIMS,
+    GROUPS,
+    PRESETS,
+    Config,
+    check_batches,
+    check_config,
+    load_config,
+    parse_command_line,
+)
 from engine.run import lock_folder
 from engine.script import plain_arguments
 from utils import DivergenceError, InputError, SearchError, StoppedError
@@ -376,6 +385,21 @@ def test_every_preset_is_sound_and_has_a_claim():
         check_config(config)
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "num_images", "processes", "words"),
+    [
+        (8, 7, 1, "8 for 7 training images and 1 process; use 1 to 7"),
+        (2, 7, 3, "2 for 7 training images and 3 processes; use 3 to 7"),
+        (8, 17, 2, "8 leaves a last batch of 1 for 2 processes; use another"),
+    ],
+)
+def test_batches_that_cannot_be_divided_are_refused(batch_size, num_images, processes, words):
+    config = replace(TINY, batch_size=batch_size)
+    with pytest.raises(InputError, match=f"^batch_size: {words}$"):
+        check_batches(config, num_images, processes)
+    check_batches(replace(config, batch_size=4), 4 * num_images, processes)
+
+
 def test_command_line_overrides_a_preset_or_a_file():
     line = "model1 --epochs 30 --lr 0.1 --num-blocks [1,2] --conv-kernel 3 5 --flip none --name try"
     changes = {"epochs": 30, "lr": 0.1, "num_blocks": (1, 2), "conv_kernel": (3, 5)}
@@ -565,7 +589,7 @@ def test_a_user_whom_the_system_does_not_know_has_a_home(script, monkeypatch):
 
 def test_ctrl_c_while_the_libraries_load():
     process = subprocess.Popen(command("train.py", "-h"), stderr=subprocess.PIPE, text=True)
-    while "torch" not in Path(f"/proc/{process.pid}/maps").read_text():
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
         assert process.poll() is None
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)
@@ -622,14 +646,23 @@ def test_importing_changes_nothing():
     assert (result.stdout, result.stderr, result.returncode) == ("", "", 0)
 
 
-def test_commit_of_a_repository_around_ours_is_not_ours(monkeypatch):
-    outer = Path("outer")
-    shutil.copytree(ROOT, outer / "ours", ignore=lambda *_: {".git", "data", "checkpoints"})
-    for words in ("init -q", "add .", "-c user.name=x -c user.email=x commit -qm outer"):
-        subprocess.run(["git", *words.split()], cwd=outer, check=True)
-    monkeypatch.setattr(utils, "__file__", str(outer / "ours" / "utils.py"))
-    monkeypatch.setenv("GIT_DIR", str(outer.resolve() / ".git"))  # as in a hook
-    assert utils.git_commit.__wrapped__() == "unknown"
+def test_commit_is_that_of_our_repository_and_not_of_one_around_it(monkeypatch):
+    def commit_all(folder):
+        for words in ("init -q", "add .", "-c user.name=x -c user.email=x commit -qm all"):
+            subprocess.run(["git", *words.split()], cwd=folder, check=True)
+
+    outer, ours = Path("outer"), Path("outer/ours")
+    ours.mkdir(parents=True)
+    shutil.copy(ROOT / "utils.py", ours)
+    commit_all(outer)
+    monkeypatch.setattr(utils, "__file__", str(ours / "utils.py"))
+    with monkeypatch.context() as patch:
+        patch.setenv("GIT_DIR", str(outer.resolve() / ".git"))  # as in a hook
+        assert utils.git_commit.__wrapped__() == "unknown"
+    commit_all(ours)
+    assert re.fullmatch("[0-9a-f]{40}", utils.git_commit.__wrapped__())
+    (ours / "utils.py").write_text("changed")
+    assert re.fullmatch("[0-9a-f]{40}-dirty", utils.git_commit.__wrapped__())
 
 
 def test_clone_of_another_user_is_reported_with_the_remedy(monkeypatch, capsys):

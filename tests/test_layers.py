@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from config import PRESETS
 from data import load_dataset, train_batches
-from engine import layers
+from engine import distributed, layers
 from engine.layers import FasterLayers, MatmulConv, folded_batch_norm
 from learner import Learner
 from model import ResNet
@@ -172,14 +172,13 @@ def test_hooks_fire_and_second_derivatives_are_refused(amx, layer, name):
         gradient.sum().backward()
 
 
-def test_network_of_a_learner_keeps_none_of_it(amx):
+def test_network_of_a_learner_keeps_none_of_it(amx, monkeypatch):
     """Trained with the faster layers, and then used outside, copied and loaded elsewhere."""
     fast = PRESETS["fast"]
     config = replace(fast, width=1, dataset="digits", batch_size=4, epochs=2)
     digits = load_dataset(config)
+    monkeypatch.setattr(distributed, "has_bfloat16", lambda device: True)
     learner = Learner(config, digits, torch.device("cpu"))
-    learner.autocast = torch.autocast("cpu", torch.bfloat16)  # as on a CPU that is fast at it
-    learner.faster_layers = FasterLayers()
     batch = next(train_batches(digits, config, 1))
     used = functions(learner.forward(batch[0]))
     assert used >= {"MatmulConv", "FoldedBatchNorm"}

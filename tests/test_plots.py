@@ -33,22 +33,23 @@ def bins():
     return calibrate(logits, torch.arange(50) % 10)
 
 
+NO_FORMULA = r"$\frac{1$"  # although Matplotlib would take it for one, and fail
 PICTURES = np.arange(8 * 32 * 32 * 3, dtype=np.uint8).reshape(8, 32, 32, 3)
 COUNTS = np.array([[5, 0, 1], [2, 3, 0], [0, 0, 0]])  # no image of the last class
 FIGURES = {
-    "curves": lambda path: plots.learning_curves(log(5, val=True), path, "a run of $5"),
+    "curves": lambda path: plots.learning_curves(log(5, val=True), path, NO_FORMULA),
     "curves without validation": lambda path: plots.learning_curves(log(40, False), path, "a_b"),
     "one epoch": lambda path: plots.learning_curves(log(1, val=False), path, "a run"),
     "two groups": lambda path: plots.compared_curves(
-        {"$A$": [log(9, True), log(8, True)], "_B": [log(40, True)] * 3}, "val", path
+        {NO_FORMULA: [log(9, True), log(8, True)], "_B": [log(40, True)] * 3}, "val", path
     ),
     "confusion": lambda path: plots.confusion_matrix(
-        COUNTS, ["\N{CAT}", "dog" * 99, "eel"], path, "title"
+        COUNTS, ["\N{CAT}", "dog" * 99, "eel"], path, NO_FORMULA
     ),
     "confusion of many": lambda path: plots.confusion_matrix(
-        np.eye(100, dtype=int) + 1, [f"class_$x_{i}" for i in range(100)], path, "title"
+        np.eye(100, dtype=int) + 1, [f"{NO_FORMULA}{i}" for i in range(100)], path, "title"
     ),
-    "calibration": lambda path: plots.calibration(bins(), path, "title"),
+    "calibration": lambda path: plots.calibration(bins(), path, NO_FORMULA),
     "mistakes": lambda path: plots.mistakes(PICTURES, [f"cat {i}" for i in range(8)], path, "all"),
     "no mistakes": lambda path: plots.mistakes(PICTURES[:0], [], path, "none"),
 }

@@ -6,8 +6,10 @@ import re
 import pytest
 from conftest import ROOT
 
+from config import PRESETS, Config, Recipe
 from engine.checkpoint import load_model
-from model import MAX_PARAMS, count_parameters
+from model import MAX_PARAMS, Architecture, count_parameters
+from utils import from_json, part_of
 
 RELEASED = sorted((ROOT / "checkpoints").glob("*.safetensors"))
 
@@ -16,6 +18,9 @@ RELEASED = sorted((ROOT / "checkpoints").glob("*.safetensors"))
 def test_card_log_and_readme_agree_with_the_file(path):
     model, info = load_model(path)
     assert count_parameters(model) <= MAX_PARAMS
+    trained = from_json(Config, info["config"])
+    for kind in (Recipe, Architecture):
+        assert part_of(trained, kind) == part_of(PRESETS[path.stem], kind)
     assert re.fullmatch(r"[0-9a-f]{40}", info["git_commit"])  # neither unknown nor -dirty
     card = path.with_suffix(".md").read_text(encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")

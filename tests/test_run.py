@@ -545,6 +545,26 @@ def test_states_are_saved_as_often_as_asked(tiny, minutes, expected):
     assert seen == expected
 
 
+def test_states_are_saved_within_an_epoch_when_the_time_is_up(tiny):
+    """Each step takes longer than this: the state before the last one is of the step before."""
+    seen = []
+
+    def note(_):
+        before = read_state(FOLDER / PREVIOUS)["metrics"]
+        seen.append((where(), (len(before["log"]), before["step"])))
+
+    train(replace(tiny, save_minutes=1e-6), report=note)
+    assert seen == [((n, 0), (n - 1, 3)) for n in (1, 2, 3)]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(monkeypatch):
+    calls, flush, rename = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append("flushed") or flush(file))
+    monkeypatch.setattr(os, "replace", lambda *names: calls.append("renamed") or rename(*names))
+    utils.write_json(Path("a.json"), {})
+    assert calls == ["flushed", "renamed", "flushed"]  # the folder too
+
+
 def test_full_disk_stops_with_one_line_and_leaves_the_checkpoint(tiny):
     """The kernel refuses to let a file grow: the second epoch's state does not fit any more."""
     _, whole_score = train(replace(tiny, name="whole"))

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from tiny_search import TINY
 import utils
 from config import PRESETS, check_config, load_config
 from model import ResNet, count_parameters
-from search.cluster import usable_cpus
+from search.cluster import LISTEN, set_environment, usable_cpus
 from search.run import finish, load_search, main, run_search
 from search.space import (
     SPACE,
@@ -346,15 +347,33 @@ def test_no_row_is_lost_or_changed_by_random_damage():
 def test_the_best_trial_is_the_most_accurate_one_that_did_not_fail(capsys):
     trials = make_search(("finished", "diverged", "stopped", "failed"))
     assert trials.best()["trial"] == 3
+    trials.base = replace(trials.base, warmup_epochs=1)
     finish(trials, 0)
     printed = capsys.readouterr().out
     assert "best: trial 3, 30.38% of 200" in printed
     assert "3 trials are left" in printed
+    command = "next: python train.py --config checkpoints/damaged/best.json --epochs 300"
+    assert f"{command} --warmup-epochs 150\n" in printed  # one of two epochs
     config = load_config("checkpoints/damaged/best.json")
     assert (config.name, config.val_size, config.lr) == ("damaged-best", 0, trials.rows[3]["lr"])
 
 
 # ---------------------------------------------------------------- real searches on Ray
+
+
+def test_ray_listens_to_this_machine_alone_and_wants_a_token(monkeypatch):
+    tokens = set()
+    for _ in range(2):
+        monkeypatch.setattr(os, "environ", {})
+        set_environment("")
+        assert os.environ[LISTEN] == "0"
+        assert os.environ["RAY_AUTH_MODE"] == "token"
+        tokens.add(os.environ["RAY_AUTH_TOKEN"])
+    assert len(tokens) == 2
+    assert all(re.fullmatch("[0-9a-f]{64}", token) for token in tokens)
+    monkeypatch.setattr(os, "environ", {})
+    set_environment("127.0.0.1:6379")  # a cluster of the user's own has its own settings
+    assert not {LISTEN, "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"} & os.environ.keys()
 
 
 def rows(*statuses):
@@ -464,6 +483,18 @@ def test_a_search_that_ended_before_it_wrote_anything_can_be_started_again():
         (folder / left).touch()
         with pytest.raises(InputError, match=f"^{field}: "):
             main(line, TINY)
+
+
+@pytest.mark.slow
+def test_asha_stops_trials_early_and_they_stay_stopped():
+    line = "demo --name tiny --num-samples 8 --epochs 4 --grace-epochs 1"
+    assert start(line).wait(300) == 0, Path("out.txt").read_text()
+    found, stopped = rows(), rows("stopped")
+    assert stopped
+    assert all(row["epochs"] < 4 for row in stopped.values())
+    assert max(row["epochs"] for row in rows("finished").values()) == 4
+    assert start("--resume tiny").wait(300) == 0, Path("out.txt").read_text()
+    assert rows() == found
 
 
 @pytest.mark.slow

@@ -46,6 +46,13 @@ def result_of(*args, monkeypatch):
     return json.loads(Path("result.json").read_text())
 
 
+def test_nothing_is_downloaded_if_that_is_not_allowed(monkeypatch, capsys):
+    line = ["fast", "--no-download", "--data-dir", "nowhere"]
+    assert run_main("test", *line, monkeypatch=monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: data_dir: no CIFAR-10 in nowhere; allow its download, or put")
+
+
 @pytest.mark.slow
 def test_repeats_exactly_what_training_printed(demo):
     folder, output = demo
