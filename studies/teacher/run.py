@@ -17,6 +17,13 @@ with AMX), which alone decides nothing. tiny-alone.csv is the log of a network w
 compare with: the first 126 of 300 epochs of `python train.py best --c1 16 --cutout-size 0 --epochs
 300 --warmup-epochs 45` (commit 6799a59, two cores of an AMD EPYC in float32, beside other work).
 Its state is lost.
+
+tiny/ has the state and the log of the network that is taught for long, which has not ended: 89 of
+300 epochs (commit df5f81e, two cores of an AMD EPYC, bfloat16). Its files, in checkpoints/tiny-300,
+go on by `OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 train.py best --c1 16
+--cutout-size 0 --epochs 300 --warmup-epochs 45 --wandb disabled --teacher best --teacher-views 10
+--label-smoothing 0 --name tiny-300 --resume`. It has ten views of each image, which two such cores
+take half an hour to answer, and not the twenty of the trial.
 """
 
 if __name__ == "__main__":  # above the imports: a missing library or an old Python is one line
