@@ -12,18 +12,20 @@ reason alone. 45,000 images to train on, 5,000 for validation, no test image is 
 Runs that are in trial.csv are not repeated, and a run that is cut off goes on.
 
 Record: trial.csv has a row per run, in bfloat16 and beside other work; so far seed 0 of the stage
-`loss` (commit 76a32e1, an AMD EPYC) and of two arms of `less` (26b67a0 and 6210d15, an Intel Xeon
-with AMX), which alone decides nothing. tiny-alone.csv is the log of a network without a teacher, to
+loss (commit 76a32e1, an AMD EPYC) and of two arms of less (26b67a0 and 6210d15, an Intel Xeon with
+AMX), which alone decides nothing. tiny-alone.csv is the log of a network without a teacher, to
 compare with: the first 126 of 300 epochs of `python train.py best --c1 16 --cutout-size 0 --epochs
-300 --warmup-epochs 45` (commit 6799a59, two cores of an AMD EPYC in float32, beside other work).
-Its state is lost.
+300 --warmup-epochs 45` (commit 6799a59, two cores of an AMD EPYC in float32, beside other work; its
+state is lost).
 
-tiny/ has the state and the log of the network that is taught for long, which has not ended: 89 of
-300 epochs (commit df5f81e, two cores of an AMD EPYC, bfloat16). Its files, in checkpoints/tiny-300,
-go on by `OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 train.py best --c1 16
---cutout-size 0 --epochs 300 --warmup-epochs 45 --wandb disabled --teacher best --teacher-views 10
---label-smoothing 0 --name tiny-300 --resume`. It has ten views of each image, which two such cores
-take half an hour to answer, and not the twenty of the trial.
+The folder tiny has the state and the log of the network that is taught for long, which has not
+ended: 89 of 300 epochs (commit df5f81e, two cores of an AMD EPYC, bfloat16), of ten views of each
+image, which take such cores half an hour to answer, and not the twenty of the trial. Copied to
+checkpoints/tiny-300 it goes on by
+
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 train.py best --c1 16 \\
+      --cutout-size 0 --epochs 300 --warmup-epochs 45 --teacher best --teacher-views 10 \\
+      --label-smoothing 0 --wandb disabled --name tiny-300 --resume
 """
 
 if __name__ == "__main__":  # above the imports: a missing library or an old Python is one line
