@@ -416,7 +416,7 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
     """
     import filelock
 
-    is_new = not is_there(folder)
+    new = [path for path in (folder, *folder.parents) if not is_there(path)]
     lock = filelock.FileLock(folder / "download.lock", fallback_to_soft=False)
     with contextlib.suppress(OSError):  # what cannot be written says so in the block
         folder.mkdir(parents=True, exist_ok=True)
@@ -431,8 +431,8 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
         lock.release()
         with contextlib.suppress(OSError):
             (folder / "download.lock").unlink(missing_ok=True)
-            if is_new:
-                folder.rmdir()  # unless there is something in it
+            for path in new:
+                path.rmdir()  # unless there is something in it
 
 
 def unpack_archive(release: Release, data_dir: Path, download: bool) -> None:
