@@ -189,7 +189,7 @@ class Run:
                 self.progress.close()
 
     def _restore(self) -> None:
-        found = self._state and (self._state["metrics"], self._state["data_fingerprint"])
+        found = self._state and self._state["metrics"]
         if any(all_reduce_max(int(found != broadcast_from_main(found)))):
             raise InputError(
                 f"resume: the processes do not find the same state in {self.folder}; the folder"

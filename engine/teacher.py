@@ -135,9 +135,8 @@ class Teacher(NamedNetwork):
         if not self.config.trivial_augment:  # a constant that is newer than many kept answers
             del views["trivial_augment"]
         views["seed"] = self.config.seed
-        precision = {} if self.config.bfloat16 else {"bfloat16": False}
         facts = {"teacher": self.weights_sha256, "data": self.data.fingerprint, "views": views}
-        return facts | precision
+        return facts if self.config.bfloat16 else facts | {"bfloat16": False}
 
     @property
     def folder(self) -> Path:

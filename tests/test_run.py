@@ -615,7 +615,8 @@ def test_weights_that_are_not_finite_are_never_saved(tiny):
 
     def whole_run():
         with run.opened(data, learner):
-            for images, labels, n in run.steps(train_batches(data, config, 1)):
+            batches = train_batches(data, config, run.begin_epoch())
+            for images, labels, n in run.steps(batches):
                 run.add(learner.step(images, labels, n), n)
             learner.model.linear.bias.data.fill_(float("inf"))
             run.end_epoch(None)
