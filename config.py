@@ -318,7 +318,7 @@ def check_config(config: Config) -> None:
         )
     if config.teacher_views and not config.teacher:
         raise InputError(
-            f"teacher_views: {config.teacher_views} without a teacher; give a --teacher"
+            f"teacher_views: {config.teacher_views} without a teacher; give a --teacher, or 0"
         )
     if config.nesterov and not config.momentum:
         raise InputError("momentum: 0 with nesterov; give one over 0, or --no-nesterov")

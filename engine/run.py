@@ -226,6 +226,9 @@ class Run:
             position = str(self) if self.epoch or self.step else None
             device, start = self.data.train.labels.device, self._parts.get("start")
             print_plan(self.config, self.data, device, start, position)
+            for part in (start, self._parts.get("teacher")):
+                if part:
+                    part.warn_of_seen_images(self.data)
             group = self.config.name.rpartition("/")[0] or None
             self.wandb = WandbRun(
                 self.config.wandb, self.folder, record(self.config), self.wandb_id, group

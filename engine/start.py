@@ -12,7 +12,7 @@ from config import Config
 from data import Dataset
 from engine.checkpoint import PREVIOUS, checksum, find_checkpoint, load_model
 from model import Architecture, per_stage, stage_channels
-from utils import CHECKPOINTS, InputError, part_of
+from utils import CHECKPOINTS, InputError, part_of, warn
 
 
 class NamedNetwork:
@@ -62,6 +62,16 @@ class NamedNetwork:
         self.sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
         texts = {name: json.dumps(self.info[name]) for name in ("mean", "std", "class_names")}
         self.weights_sha256 = checksum(self.model.state_dict(), texts)
+
+    def warn_of_seen_images(self, data: Dataset) -> None:
+        """Warn if it was trained on images that are set aside for validation here."""
+        is_same_data = self.info.get("data_fingerprint") == data.fingerprint
+        is_same_split = self.info.get("config", {}).get("val_size") == len(data.val)
+        if len(data.val) and is_same_data and not is_same_split:
+            warn(
+                f"{self.field}: {self.name} was trained on images that val_size sets aside: the"
+                " validation accuracy comes out too high"
+            )
 
     def state_dict(self) -> dict[str, str]:
         """The network that a run was started with."""

@@ -59,7 +59,7 @@ class Teacher(NamedNetwork):
             if (theirs := self.info.get(name)) != ours:
                 raise InputError(
                     f"teacher: {self.path} was trained with another {name} ({theirs}) than this run"
-                    f" has ({ours}); name another teacher"
+                    f' has ({ours}); name another teacher, or none (--teacher "")'
                 )
         self.data, self.device = data, device
         self.model.to(device, memory_format=memory_format(self.model, device))

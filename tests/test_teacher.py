@@ -261,6 +261,21 @@ def rewritten(scale=1.0, **changes):
     save_model("teacher.safetensors", network, info | changes)
 
 
+@pytest.mark.parametrize("field", ["teacher", "init"])
+def test_validation_images_that_the_network_was_trained_on_are_a_warning(field, capsys):
+    def warned(name, val_size, network="teacher.safetensors", **changes):
+        config = replace(VIEWED, **{"teacher": "", field: network}, c1=8, epochs=1)
+        config = replace(config, name=name, val_size=val_size)
+        train_on(config, replace(load_dataset(config), **changes))
+        return f"{field}: {network} was trained on images that val" in capsys.readouterr().err
+
+    assert warned("some-aside", 20)
+    assert not warned("the-same-aside", 20, "some-aside")
+    assert warned("others-aside", 40, "some-aside")
+    assert not warned("none-aside", 0, "some-aside")
+    assert not warned("other-images", 20, fingerprint="another")
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
