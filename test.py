@@ -42,6 +42,7 @@ from utils import (
     CHECKPOINTS,
     InputError,
     check_output,
+    first_line,
     printable,
     quoted,
     read_csv,
@@ -320,11 +321,10 @@ def compare_groups(names: list[Path], groups: list[list[Path]], json: str) -> di
     for name, found in zip(names, accuracies, strict=True):
         print(f"{shown(name)}, {len(found)} seeds: {kind} {summary(found)}")
     difference = statistics.mean(accuracies[0]) - statistics.mean(accuracies[1])
-    low, high = difference_interval(*accuracies)
-    print(
-        f"{shown(names[0])} - {shown(names[1])}: {difference:+.2f} points; 95% interval {low:+.2f}"
-        f" to {high:+.2f} (Welch's t)"
-    )
+    interval, told = difference_interval(*accuracies), "no interval, since no seeds differ"
+    if interval:
+        told = "95% interval {:+.2f} to {:+.2f} (Welch's t)".format(*interval)
+    print(f"{shown(names[0])} - {shown(names[1])}: {difference:+.2f} points; {told}")
 
     result = {
         "accuracy": kind,
@@ -340,7 +340,7 @@ def compare_groups(names: list[Path], groups: list[list[Path]], json: str) -> di
             for name, runs, found in zip(names, groups, accuracies, strict=True)
         ],
         "difference": difference,  # points, the first group's mean less the second's
-        "interval": (low, high),
+        "interval": interval,
     }
     if json:
         write_json(Path(json), result)
@@ -351,16 +351,18 @@ def compare_groups(names: list[Path], groups: list[list[Path]], json: str) -> di
         drawn = dict(zip(map(shown, names), logs, strict=True))
         plots.compared_curves(drawn, {"val": "val", "test": "train"}[split], figure)
         print(f"figure: {shown(figure)}")
-    except (InputError, OSError, KeyError) as error:  # the numbers are printed, and need no figure
-        warn(f"no figure: {error}")
+    # The numbers are printed, and need no figure.
+    except (InputError, OSError, KeyError, TypeError, ValueError) as error:
+        warn(f"no figure: {first_line(error)}")
     return result
 
 
 def load_group(runs: list[Path]) -> list[dict[str, object]]:
-    """The metadata of finished runs that differ in nothing but their seed.
+    """The metadata of finished runs that differ in their seed, and in nothing else.
 
     Raises:
-        InputError: one is not finished or cannot be read, or they differ in another constant.
+        InputError: one is not finished or cannot be read, two have the same seed, or they differ in
+            another constant.
     """
     infos = []
     for run in runs:
@@ -375,6 +377,7 @@ def load_group(runs: list[Path]) -> list[dict[str, object]]:
             )
     for constant in (*fields(Architecture), *fields(Recipe)):
         values = [info["config"].get(constant.name, constant.default) for info in infos]
+        values = [tuple(value) if isinstance(value, list) else value for value in values]  # of JSON
         for run, value in zip(runs, values, strict=True):
             if constant.name != "seed" and value != values[0]:
                 raise InputError(
@@ -382,6 +385,13 @@ def load_group(runs: list[Path]) -> list[dict[str, object]]:
                     f" {runs[0].as_posix()}; the runs of a group differ in their seed alone: move"
                     " away those that do not belong"
                 )
+    seeds = [info["config"]["seed"] for info in infos]
+    for run, seed in zip(runs, seeds, strict=True):
+        if (twin := runs[seeds.index(seed)]) != run:
+            raise InputError(
+                f"seed: {seed} in {run.as_posix()} and in {twin.as_posix()}; the runs of a group"
+                " need different seeds: train one again with another --seed, or move it away"
+            )
     return infos
 
 

@@ -96,30 +96,31 @@ def score(logits: Tensor, labels: Tensor) -> Score:
     return Score(F.cross_entropy(logits, labels).item(), correct, len(labels))
 
 
-def mean_interval(accuracies: list[float]) -> tuple[float, float]:
+def mean_interval(accuracies: list[float]) -> tuple[float, float] | None:
     """95% confidence interval of the mean accuracy of several seeds, in percent (Student's t)."""
     mean, half = statistics.mean(accuracies), half_width(accuracies)
-    return max(0.0, mean - half), min(100.0, mean + half)
+    return None if half is None else (max(0.0, mean - half), min(100.0, mean + half))
 
 
-def difference_interval(first: list[float], second: list[float]) -> tuple[float, float]:
+def difference_interval(first: list[float], second: list[float]) -> tuple[float, float] | None:
     """95% confidence interval of the difference of two mean accuracies, in points (Welch's t)."""
     difference = statistics.mean(first) - statistics.mean(second)
     half = half_width(first, second)
-    return max(-100.0, difference - half), min(100.0, difference + half)
+    return None if half is None else (max(-100.0, difference - half), min(100.0, difference + half))
 
 
-def half_width(*groups: list[float]) -> float:
+def half_width(*groups: list[float]) -> float | None:
     """Half of the 95% interval of a mean, or of the difference of the means of two groups.
 
     The degrees of freedom are Welch's (1947), since the groups' variances may differ; for one group
-    they are Student's n - 1. Every group needs two values.
+    they are Student's n - 1. Every group needs two values. If those of each group are equal, as of
+    few test images they may be, they do not tell how much others would differ: None.
     """
     from scipy.stats import t as student_t  # here, because it takes most of a second to load
 
     errors = [statistics.variance(group) / len(group) for group in groups]  # squared
     if not any(errors):
-        return 0.0
+        return None
     parts = (e**2 / (len(group) - 1) for e, group in zip(errors, groups, strict=True))
     freedom = sum(errors) ** 2 / sum(parts)
     return float(student_t.ppf(0.975, freedom)) * math.sqrt(sum(errors))
@@ -127,11 +128,11 @@ def half_width(*groups: list[float]) -> float:
 
 def summary(accuracies: list[float]) -> str:
     """Mean and standard deviation of the accuracies of several seeds, and the mean's interval."""
-    low, high = mean_interval(accuracies)
-    return (
-        f"{statistics.mean(accuracies):.2f} ± {statistics.stdev(accuracies):.2f}% (standard"
-        f" deviation); 95% interval of the mean {low:.2f} to {high:.2f}"
-    )
+    interval, told = mean_interval(accuracies), "no interval of the mean, since all are equal"
+    if interval:
+        told = "95% interval of the mean {:.2f} to {:.2f}".format(*interval)
+    mean, deviation = statistics.mean(accuracies), statistics.stdev(accuracies)
+    return f"{mean:.2f} ± {deviation:.2f}% (standard deviation); {told}"
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from engine.evaluate import (
     fit_temperature,
     mean_interval,
     score,
+    summary,
 )
 from model import Architecture, ResNet
 from utils import generator
@@ -76,7 +77,14 @@ def test_intervals_of_means_are_student_s_and_welch_s():
     assert mean_interval(first) == pytest.approx(tuple(mean))
     welch = stats.ttest_ind(first, second, equal_var=False).confidence_interval()
     assert difference_interval(first, second) == pytest.approx(tuple(welch))
-    assert difference_interval([94.0, 94.0], [93.0, 93.0]) == (1, 1)
+
+
+def test_values_without_a_spread_give_no_interval():
+    assert mean_interval([94.0, 94.0]) is None
+    assert difference_interval([94.0, 94.0], [93.0, 93.0]) is None
+    low, high = difference_interval([94.0, 94.0], [93.0, 94.0])
+    assert low < 0.5 < high
+    assert summary([94.0] * 3).startswith("94.00 ± 0.00% (standard deviation); no interval of")
 
 
 def test_intervals_do_not_leave_their_range():

@@ -267,7 +267,6 @@ def group(demo, name, accuracies, test=90.0, lr=0.1, **changes):
     ("first", "second", "kind"),
     [
         ([91.0, 92.5, 92.0], [90.0, 90.2], "validation accuracy"),
-        ([91.0, 91.0], [90.0, 90.0], "validation accuracy"),
         ([91.0, 92.0, 93.0], [None, None], "test accuracy"),
     ],
 )
@@ -326,6 +325,52 @@ def test_groups_without_test_images_are_compared_by_validation(demo, monkeypatch
     assert "error: compare: A and B have no accuracy in common" in capsys.readouterr().err
 
 
+def test_seeds_that_do_not_differ_give_no_interval(demo, monkeypatch, capsys):
+    group(demo, "A", [91.0, 91.0])
+    group(demo, "B", [90.0, 90.0])
+    written = result_of("A", "--compare", "B", monkeypatch=monkeypatch)
+    assert (written["interval"], written["groups"][0]["interval"]) == (None, None)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith(
+        "91.00 ± 0.00% (standard deviation); no interval of the mean, since all are equal"
+    )
+    assert lines[2] == "A - B: +1.00 points; no interval, since no seeds differ"
+
+
+def test_runs_of_the_same_seed_are_no_group(demo, monkeypatch, capsys):
+    group(demo, "A", [90.0, 91.0, 92.0])
+    group(demo, "B", [90.0, 91.0])
+    shutil.copytree("checkpoints/B-1", "checkpoints/B-2")
+    assert run_main("test", "A", "--compare", "B", monkeypatch=monkeypatch) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: seed: 1 in checkpoints/B-2 and in checkpoints/B-1; the")
+    assert not captured.out
+
+
+def test_a_run_that_is_older_than_a_constant_is_part_of_a_group(demo, monkeypatch):
+    group(demo, "A", [90.0, 91.0])
+    group(demo, "B", [90.0, 91.0])
+    path = Path("checkpoints/B-0/model.safetensors")
+    model, info = load_model(path)
+    assert info["config"].pop("channels") == []
+    del info["architecture"]
+    save_model(path, model, info)
+    assert result_of("A", "--compare", "B", monkeypatch=monkeypatch)["difference"] == 0
+
+
+@pytest.mark.parametrize(
+    "content", [b"epoch,val_loss\n1\n", "epoch,val_loss\n1,2\n".encode("utf-16")]
+)
+def test_a_log_that_was_spoilt_costs_the_figure_alone(content, demo, monkeypatch, capsys):
+    group(demo, "A", [90.0, 91.0])
+    group(demo, "B", [90.0, 91.0])
+    Path("checkpoints/B-1/log.csv").write_bytes(content)
+    assert run_main("test", "A", "--compare", "B", monkeypatch=monkeypatch) == 0
+    captured = capsys.readouterr()
+    assert "A - B: +0.00 points; 95% interval" in captured.out
+    assert captured.err.startswith("warning: no figure: ")
+
+
 def test_run_of_another_recipe_is_no_part_of_a_group(demo, monkeypatch, capsys):
     group(demo, "B", [90.0, 91.0, 92.0], lr=0.2)
     group(demo, "B", [90.0, 91.0])
@@ -354,6 +399,9 @@ def test_folder_stands_for_its_newest_run_else_a_released_network():
     folder.mkdir()
     with pytest.raises(InputError, match=r"checkpoint: .* holds no run and no released model"):
         find_checkpoint(folder)
+    for nothing in ("", ".", "runs/.."):  # no names of released networks
+        with pytest.raises(InputError, match=r"checkpoint: \S+ holds no run and no released"):
+            find_checkpoint(Path(nothing))
     make("runs/tpsnet.safetensors", "runs/fast.safetensors")
     assert find_checkpoint(folder) == folder / "fast.safetensors"
     names = ("group/run", "newest", "old", f"old/{TEMPORARY}half-written")
