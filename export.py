@@ -163,10 +163,16 @@ def export(
     for kind in formats:
         file_kind = "onnx-int8" if kind == "page" else kind
         if file_kind not in made:
-            with quiet():
-                content = make(file_kind, network, calibration, facts)
-                opener = partial(open_pte if kind.startswith("pte") else open_onnx, content)
-                made[file_kind] = content, verify(kind, len(content), opener, test, expected)
+            try:
+                with quiet():
+                    content = make(file_kind, network, calibration, facts)
+                    opener = partial(open_pte if kind.startswith("pte") else open_onnx, content)
+                    made[file_kind] = content, verify(kind, len(content), opener, test, expected)
+            except Exception as error:  # a library of another version can raise anything
+                raise InputError(
+                    f"format: {kind} failed ({first_line(error)}); install the versions of"
+                    " requirements-export.txt, or choose another format"
+                ) from None
         content, verdict = made[file_kind]
         verdict = verdict._replace(name=kind)
         verdicts.append(verdict)
@@ -362,25 +368,15 @@ def open_eager(network: nn.Module, threads: int) -> Classifier:
 
 
 def make(kind: str, network: nn.Module, calibration: Tensor, facts: dict[str, object]) -> bytes:
-    """Make the network in this format, with the facts as metadata if it is ONNX.
-
-    Raises:
-        InputError: the exporter fails.
-    """
+    """Make the network in this format, with the facts as metadata if it is ONNX."""
     metadata = {
         key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()
     }
-    try:
-        if kind == "onnx":
-            return to_onnx(network, metadata)
-        if kind == "onnx-int8":
-            return to_onnx_int8(network, calibration, metadata)
-        return to_pte(network) if kind == "pte" else to_pte_int8(network, calibration)
-    except Exception as error:  # a library of another version can raise anything
-        raise InputError(
-            f"format: {kind} failed ({first_line(error)}); install the versions of"
-            " requirements-export.txt, or choose another format"
-        ) from None
+    if kind == "onnx":
+        return to_onnx(network, metadata)
+    if kind == "onnx-int8":
+        return to_onnx_int8(network, calibration, metadata)
+    return to_pte(network) if kind == "pte" else to_pte_int8(network, calibration)
 
 
 def to_onnx(network: nn.Module, metadata: dict[str, str]) -> bytes:

@@ -140,7 +140,7 @@ def find_checkpoint(path: Path) -> Path:
         InputError: the folder has none, or no run in it has saved its network yet.
     """
     places = [path]
-    if not path.is_file():
+    if not path.is_file() and path.name not in ("", ".."):  # which are no names of networks
         folders = (Path(), CHECKPOINTS, RELEASED)
         places = [folder / name for folder in folders for name in (path, f"{path}.safetensors")]
     if path == CHECKPOINTS:

@@ -46,7 +46,8 @@ def list_files(folder: Path) -> tuple[list[Path], list[Path]]:
 def picture_suffixes() -> set[str]:
     """The suffixes, in lower case, of the files that are read as pictures."""
     formats, readable = Image.registered_extensions(), readable_formats()
-    return {suffix for suffix, name in formats.items() if name in readable} | HEIC_SUFFIXES
+    suffixes = {suffix for suffix, name in formats.items() if name in readable}
+    return suffixes | HEIC_SUFFIXES | {".mpo"}  # of several JPEG images, whose reader takes it
 
 
 def files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:

@@ -1,5 +1,6 @@
 """The two files of a run: saved whole or not at all, and refused in one line if damaged."""
 
+import errno
 import importlib
 import json
 import pickle
@@ -84,7 +85,7 @@ def built(**changes):
         lambda p: torch.save({"model": Bomb()}, p),
         lambda p: safetensors.torch.save_file({"weight": torch.ones(3)}, p),
         lambda p: tampered(p, architecture=None),
-        lambda p: tampered(p, architecture=built(num_blocks=[99, 99, 99, 99], c1=4096)),
+        lambda p: tampered(p, architecture=built(num_blocks=[99] * 4, c1=4096, pool_kernel=4)),
         lambda p: tampered(p, architecture=built(c1=5)),
         lambda p: tampered(p, architecture=built(c1="many")),
         lambda p: tampered(p, architecture=built(layers=3)),
@@ -105,12 +106,19 @@ def test_damaged_and_hostile_files_are_refused_in_one_line(tmp_path, damage):
     assert not (tmp_path / "bomb_went_off").exists()
 
 
-def test_failed_save_leaves_the_old_file_whole(tmp_path):
+def test_failed_save_leaves_the_old_file_whole(tmp_path, monkeypatch):
     path = tmp_path / "a.safetensors"
     save_model(path, ResNet(Architecture(**SMALL)), INFO)
     before = path.read_bytes()
-    with pytest.raises(TypeError):
-        save_model(path, ResNet(Architecture(**SMALL)), INFO | {"bad": object()})
+    write = Path.write_bytes
+
+    def fill_the_disk(path, content):
+        write(path, content[:1000])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fill_the_disk)
+    with pytest.raises(InputError, match="No space left on device"):
+        save_model(path, ResNet(Architecture(**SMALL)), INFO)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 

@@ -181,6 +181,22 @@ def same_threads():
 
 
 @pytest.mark.usefixtures("same_threads")
+@pytest.mark.parametrize("part", ["make", "open_onnx"])
+def test_exporter_or_runtime_of_another_version_is_one_line(part, demo, monkeypatch, capsys):
+    def fail(*_):
+        raise NotImplementedError("Unsupported model IR version\nand a long story")
+
+    monkeypatch.setattr(export, "make", lambda *_: b"")
+    monkeypatch.setattr(export, part, fail)
+    monkeypatch.setattr(export, "check_libraries", list)
+    line = ("export", str(demo[0]), "--format", "onnx", "--limit", "20")
+    assert run_main(*line, monkeypatch=monkeypatch) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: format: onnx failed (Unsupported model IR version); install")
+    assert not Path("export").exists()
+
+
+@pytest.mark.usefixtures("same_threads")
 def test_network_is_exported_with_its_normalization_and_calibrated_on_training_images(
     demo, monkeypatch
 ):

@@ -18,7 +18,7 @@ from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, features
 import predict
 from data import Normalize
 from engine.checkpoint import save_model
-from engine.pictures import read_or_explain, read_picture
+from engine.pictures import list_files, read_or_explain, read_picture
 from model import Architecture, ResNet
 from utils import InputError, read_csv
 
@@ -224,6 +224,16 @@ def test_first_frame_of_several_counts(file_format):
     first, second = Image.new("RGB", (40, 40), "red"), Image.new("RGB", (40, 40), "blue")
     red = seen(first, format=file_format, save_all=True, append_images=[second])
     assert close(red[:, 16, 16], torch.tensor([255, 0, 0]), 1)
+
+
+def test_pictures_of_a_folder_are_those_with_a_suffix_that_is_read(tmp_path):
+    """Those that Pillow registers, and those that it reads by the plugin of another format."""
+    names = ["a.JPG", "b.jpeg", "c.mpo", "d.webp", "e.heic", "f.txt", "g.eps"]
+    for name in names:
+        (tmp_path / name).touch()
+    pictures, others = list_files(tmp_path)
+    assert [path.name for path in pictures] == names[:5]
+    assert [path.name for path in others] == names[5:]
 
 
 def test_crop_is_floored_and_squash_takes_all():
