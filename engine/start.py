@@ -65,7 +65,9 @@ class NamedNetwork:
 
     def warn_of_seen_images(self, data: Dataset) -> None:
         """Warn if it was trained on images that are set aside for validation here."""
-        is_same_data = self.info.get("data_fingerprint") == data.fingerprint
+        is_same_data = self.info.get("dataset") == data.name  # in whatever copy
+        if data.name == "folder":
+            is_same_data = self.info.get("data_fingerprint") == data.fingerprint
         is_same_split = self.info.get("config", {}).get("val_size") == len(data.val)
         if len(data.val) and is_same_data and not is_same_split:
             warn(

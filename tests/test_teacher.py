@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from config import check_config
 from data import augmented, load_dataset, train_batches
 from engine.checkpoint import load_model, read_state, save_model
+from engine.start import NamedNetwork
 from engine.teacher import Teacher
 from train import train as train_on
 from train import train_seeds
@@ -273,7 +274,17 @@ def test_validation_images_that_the_network_was_trained_on_are_a_warning(field, 
     assert not warned("the-same-aside", 20, "some-aside")
     assert warned("others-aside", 40, "some-aside")
     assert not warned("none-aside", 0, "some-aside")
-    assert not warned("other-images", 20, fingerprint="another")
+    assert warned("another-copy", 20, fingerprint="another")
+
+
+def test_images_of_the_user_are_those_that_the_network_was_trained_on_or_others(capsys):
+    """Of a data set that all have, every copy counts."""
+    pictures = replace(load_dataset(replace(VIEWED, val_size=20)), name="folder")
+    network = NamedNetwork("init", replace(VIEWED, init="teacher.safetensors"))
+    network.info |= {"dataset": "folder", "data_fingerprint": pictures.fingerprint}
+    for data, expected in ((pictures, True), (replace(pictures, fingerprint="others"), False)):
+        network.warn_of_seen_images(data)
+        assert bool(capsys.readouterr().err) == expected
 
 
 @pytest.mark.parametrize(
