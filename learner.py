@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from config import Config, steps_per_epoch
 from data import Batch, Dataset
@@ -45,7 +45,7 @@ class Learner:
         if start:
             start.fill(self.model, data.class_names)
         distributed.synchronize(self.model)
-        self.ema = make_average(self.model, config.ema_decay) if config.ema_decay else None
+        self.ema = AveragedModel(self.model) if config.ema_decay else None
         self.eval_model = self.ema.module if self.ema else self.model
         dtype = distributed.compute_dtype(device, config.bfloat16)
         self.autocast = distributed.make_autocast(device, config.bfloat16)
@@ -73,7 +73,7 @@ class Learner:
         self.begin_step()
         (totals,) = self.recorded(images, targets, n)
         if self.ema:
-            self.ema.update_parameters(self.model)
+            update_average(self.ema, self.model, self.config.ema_decay)
         self.steps += 1
         return totals
 
@@ -297,21 +297,22 @@ def lr_factor(config: Config, step: int, steps_per_epoch: int) -> float:
     return (1 + math.cos(math.pi * (int(epoch) % period) / period)) / 2
 
 
-def make_average(model: nn.Module, decay: float) -> AveragedModel:
-    """Exponential moving average of a network's weights and BN statistics.
+@torch.no_grad()
+def update_average(ema: AveragedModel, model: nn.Module, decay: float) -> None:
+    """Take a step's weights and BN statistics into their exponential moving average.
 
-    In each step it keeps `decay` of itself and takes the rest from the network. At first it keeps
-    less, (1 + n) / (10 + n) after n steps, or a short training would test its random initial
-    weights (as TensorFlow's ExponentialMovingAverage with `num_updates`).
+    It keeps `decay` of itself and takes the rest from the network. At first it keeps less,
+    (1 + n) / (10 + n) after n steps, or a short training would test its random initial weights (as
+    TensorFlow's ExponentialMovingAverage with `num_updates`).
+
+    AveragedModel.update_parameters would wait for a GPU twice in every step.
     """
-
-    def average(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor) -> None:
-        n = int(ema.n_averaged)  # on the CPU; `num_averaged`, on a GPU, would have to be waited for
-        rising = min(decay, (1 + n) / (10 + n))
-        get_ema_multi_avg_fn(rising)(averaged, current, num_averaged)
-
-    ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
-    return ema
+    n = int(ema.n_averaged)  # which stays on the CPU
+    kept = min(decay, (1 + n) / (10 + n)) if n else 0.0
+    average, current = ([*m.parameters(), *m.buffers()] for m in (ema.module, model))
+    pairs = [pair for pair in zip(average, current, strict=True) if pair[0].is_floating_point()]
+    torch._foreach_lerp_(*map(list, zip(*pairs, strict=True)), 1 - kept)
+    ema.n_averaged += 1
 
 
 class Muon(torch.optim.Optimizer):

@@ -14,6 +14,7 @@ from conftest import ROOT, TINY
 from faults import digest
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 
 from config import PRESETS, Config
 from data import load_dataset, train_batches
@@ -23,10 +24,10 @@ from learner import (
     Muon,
     Proxy,
     lr_factor,
-    make_average,
     make_model,
     make_optimizers,
     orthogonalize,
+    update_average,
 )
 from model import ResNet
 from utils import generator
@@ -272,13 +273,13 @@ def test_muon_gets_the_convolutions_and_adam_the_rest():
 
 def test_average_keeps_more_and_more_up_to_its_decay():
     model, decay = nn.BatchNorm1d(3), 0.4
-    average = make_average(model, decay)
+    average = AveragedModel(model)
     steps = [torch.randn(3, generator=generator(i)) for i in range(7)]
     for values in steps:
         with torch.no_grad():
             model.weight.copy_(values)
             model.running_mean.copy_(-values)
-        average.update_parameters(model)
+        update_average(average, model, decay)
     expected = steps[0]  # the first step starts it
     for kept, values in zip((2 / 11, 3 / 12, 4 / 13, 5 / 14, 0.4, 0.4), steps[1:], strict=True):
         expected = kept * expected + (1 - kept) * values
