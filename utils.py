@@ -109,10 +109,16 @@ def quoted(path: Path) -> str:
     return printable(shlex.quote(path.as_posix()))
 
 
-def print_error(message: str) -> None:
-    """Print one line on stderr, under torchrun only from the first process of each machine."""
+def print_error(message: str, own: bool = False) -> None:
+    """Print one line on stderr, under torchrun only from the first process of each machine.
+
+    Args:
+        own: the other processes may not have this error: print it from each, with its rank.
+    """
     local_rank = os.environ.get("LOCAL_RANK", "0")
-    if not local_rank.isdecimal() or int(local_rank) == 0:  # all report a bad value
+    if own and os.environ.get("WORLD_SIZE", "1") != "1":
+        print(printable(f"rank {os.environ.get('RANK')}: {message}"), file=sys.stderr)
+    elif not local_rank.isdecimal() or int(local_rank) == 0:  # all report a bad value
         print(printable(message), file=sys.stderr)
 
 

@@ -18,9 +18,10 @@ import re
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args, get_origin, get_type_hints
+from typing import NoReturn, get_args, get_origin, get_type_hints
 
 OLDEST_PYTHON = (3, 11)
 # In the messages of a CPU, GPUs of NVIDIA and Apple, cuBLAS and C++. Only CUDA has a class for it.
@@ -61,9 +62,11 @@ def run_script(script: str | Callable[[list[str]], None]) -> None:
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 (until the process ends)
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # print ? for a ± where only ASCII is possible
+    all_end = False  # of the processes that torchrun started
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
+        all_end = True
         sys.exit(0)
     except ModuleNotFoundError as error:
         sys.exit(report_missing(error))
@@ -75,11 +78,13 @@ def run_script(script: str | Callable[[list[str]], None]) -> None:
             raise
         problem = utils.first_line(error).rpartition("DefaultCPUAllocator: ")[2]
         utils.print_error(
-            f"error: memory: {problem}; free some, or train with a smaller --batch-size"
+            f"error: memory: {problem}; free some, or give train.py a smaller --batch-size",
+            own=True,
         )
         sys.exit(2)
     except utils.StoppedError as stop:
         utils.print_error(str(stop))
+        all_end = True
         sys.exit(128 + stop.number)
     except KeyboardInterrupt as error:
         utils.print_error(str(error) or "interrupted")
@@ -92,11 +97,28 @@ def run_script(script: str | Callable[[list[str]], None]) -> None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT) and not error.filename:
             remedy = "make room, or redirect it to another disk"
             error = f"stdout: cannot be written ({error.strerror}); {remedy}"
-        utils.print_error(f"error: {error}")
+        utils.print_error(f"error: {error}", own=True)
         sys.exit(2)
     finally:
         if torch.distributed.is_initialized():
+            if not all_end and torch.distributed.get_backend() == "nccl":
+                end_alone(sys.exception())
             torch.distributed.destroy_process_group()
+
+
+def end_alone(error: BaseException) -> NoReturn:
+    """End this process at once, by an error that the others may not have.
+
+    They may be waiting for it, and NCCL would wait for them before it lets this one go. So torchrun
+    must see it end, and end them.
+    """
+    status = error.code if isinstance(error, SystemExit) else 1
+    if not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 def report_missing(error: ModuleNotFoundError) -> int:

@@ -234,6 +234,40 @@ def test_the_others_wait_for_the_first_even_if_it_fails(local_rank, fails, monke
     assert done == (["barrier", "read"] if local_rank else ["read", "barrier"])
 
 
+ALONE = """
+import sys
+import torch.distributed as dist
+from engine import distributed
+from engine.script import run_script
+
+def main(_):
+    distributed.init_processes()
+    dist.get_backend = lambda: "nccl"  # whose group lets nobody go while others work
+    dist.destroy_process_group = lambda: print("waits for the others", file=sys.stderr)
+    if dist.get_rank():
+        raise RuntimeError(sys.argv[1])
+    dist.barrier()
+
+run_script(main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        ("CUDA out of memory.", "rank 1: error: memory: CUDA out of memory.; free some, or give"),
+        ("a defect", "RuntimeError: a defect"),
+    ],
+)
+def test_process_that_fails_alone_says_so_and_ends_the_others(error, line):
+    Path("alone.py").write_text(ALONE)
+    result = run(Path("alone.py").absolute(), error, launcher=TORCHRUN)
+    assert result.returncode != 0
+    assert "waits for the others" not in result.stderr
+    assert any(found.startswith(line) for found in result.stderr.splitlines())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "words"),

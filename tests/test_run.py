@@ -858,7 +858,7 @@ def test_compiled_network_learns_the_same_and_is_saved_under_plain_names(tiny):
     _, plain = train(replace(config, name="plain"))
     torch._dynamo.utils.counters.clear()
     _, compiled = train(replace(config, name="compiled", compile=True))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 1  # one is of check_compiler
     assert compiled.loss == pytest.approx(plain.loss, rel=1e-3)
     names = [
         list(load_model(f"checkpoints/{n}/model.safetensors")[0].state_dict())
