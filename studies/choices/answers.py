@@ -26,6 +26,7 @@ from search.trials import METRIC
 from studies.choices.run import FOLDER, whole
 
 DRAWS = 2000  # bootstrap samples
+ON_GPU = (3, 5, 6, 7, 8, 9, 12, 13, 25, 33, 36, 38, 41, 42, 43, 44, 48)  # trials, of the record
 Number = Callable[[Row], float]
 
 
@@ -40,6 +41,7 @@ def load() -> list[Row]:
         | {
             "squared_blocks": row["mean_blocks"] ** 2,
             "only_1x1": row["mean_conv_kernel"] == 1,
+            "on_gpu": row["trial"] in ON_GPU,
         }
         for row in rows
     ]
@@ -132,6 +134,9 @@ def answers() -> list[str]:
         "3 stages against 4": difference(rows, "num_stages", [3], [4]),
         "3 stages against 4, at equal MACs": difference(
             rows, "num_stages", [3], [4], equal=["macs"]
+        ),
+        "3 stages against 4, at an equal machine": difference(
+            rows, "num_stages", [3], [4], equal=["on_gpu"]
         ),
         "odd blocks in all stages against the rest, at equal depth": difference(
             rows, "odd", ["all"], ["some", "none"], equal=depth

@@ -9,10 +9,10 @@ networks have 100,000 to 200,000 parameters and at most 20 million multiply-accu
 so that wide and deep networks are compared at similar cost. They are compared on 5,000 validation
 images; test images are not read.
 
-17 of the trials in trials.csv, the deepest ones, were trained on an NVIDIA H200 by this code
-without Ray; nine began there; the others were trained on two CPU cores; all in bfloat16. Trials 1
-and 2 were trained on both: 85.38% and 83.32% on the CPU, 85.64% and 82.56% on the GPU. The ten
-longer trainings (commit 2201f3e) ran on the H200.
+17 of the trials in trials.csv, the deepest ones but for trials 1 and 2, were trained on an NVIDIA
+H200 by this code without Ray; nine began there; the others were trained on two CPU cores; all in
+bfloat16. Trials 1 and 2 were trained on both: 85.38% and 83.32% on the CPU, which count, 85.64% and
+82.56% on the GPU. The ten longer trainings (commit 2201f3e) ran on the H200.
 """
 
 if __name__ == "__main__":
