@@ -19,13 +19,13 @@ compare with: the first 126 of 300 epochs of `python train.py best --c1 16 --cut
 state is lost).
 
 The folder tiny has the state and the log of the network that is taught for long, which has not
-ended: 89 of 300 epochs (commit df5f81e, two cores of an AMD EPYC, bfloat16), of ten views of each
-image, which take such cores half an hour to answer, and not the twenty of the trial. Copied to
-checkpoints/tiny-300 it goes on by
+ended: 251 of 300 epochs (commits df5f81e and b595922, two cores of AMD EPYCs, bfloat16), of ten
+views of each image, which take such cores half an hour to answer, and not the twenty of the trial.
+Copied to checkpoints/tiny-300 it goes on by
 
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 train.py best --c1 16 \\
-      --cutout-size 0 --epochs 300 --warmup-epochs 45 --teacher best --teacher-views 10 \\
-      --label-smoothing 0 --wandb disabled --name tiny-300 --resume
+      --cutout-size 0 --epochs 300 --warmup-epochs 45 --teacher best.safetensors \\
+      --teacher-views 10 --label-smoothing 0 --wandb disabled --name tiny-300 --resume
 """
 
 if __name__ == "__main__":  # above the imports: a missing library or an old Python is one line
