@@ -299,10 +299,11 @@ def view_of(config: Config, epoch: int) -> int:
 def check_config(config: Config) -> None:
     """Raise InputError, naming the field, if this configuration cannot be trained."""
     check_fields(config)
-    plain = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
+    plain = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"
     if not re.fullmatch(f"({plain}/)?{plain}", config.name):
         raise InputError(
-            f"name: {config.name!r} must be NAME or GROUP/NAME; use letters, digits and . _ -"
+            f"name: {config.name!r} must be NAME or GROUP/NAME, each of at most 100 letters, digits"
+            " and . _ -"
         )
     if config.resume and config.overwrite:
         raise InputError("overwrite: not with --resume, which goes on with the run; use one")

@@ -95,6 +95,7 @@ MISTAKES = [
     # the run
     ("demo --name ../elsewhere", ["name", "'../elsewhere'", "letters, digits"]),
     ("demo --name a/b/c", ["name", "'a/b/c'", "GROUP/NAME"]),
+    (f"demo --name {'a' * 101}", ["name", "aaa", "at most 100 letters"]),
     ("demo --seeds 2 --seed 4294967295", ["seed", "4294967296", "to 4294967295"]),
     ("demo --resume --overwrite", ["overwrite", "--resume", "use one"]),
     ("demo --resume x/last.pt", ["'x/last.pt'", "takes no value; repeat the command", "alone"]),
