@@ -46,7 +46,7 @@ def small(pretrained: bool = True) -> _nn.Module:
 
 
 def tiny(pretrained: bool = True) -> _nn.Module:
-    """[1, 1, 1] blocks of 24, 48 and 96 channels, 0.28M parameters: 89.98% on CIFAR-10."""
+    """[3, 3, 3] blocks of 16, 32 and 64 channels, 0.27M parameters: 93.08% on CIFAR-10."""
     return _load("tiny", pretrained)
 
 

@@ -18,12 +18,12 @@ The networks of `python train.py NAME`, for CIFAR-10:
 | model2 | (7, 7, 7)    | 22 |  4,971,680 |
 | fast   | (1, 1, 1)    | 24 |  4,342,042 |
 | small  | (1, 1, 1)    | 24 |  1,092,922 |
-| tiny   | (1, 1, 1)    | 24 |    277,066 |
 | best   | (3, 3, 3)    | 64 |  4,327,754 |
+| tiny   | (3, 3, 3)    | 16 |    272,474 |
 
-The first stage is twice as wide as C1; in `fast` four times as wide, in `tiny` and `best` as wide.
-The stem of `fast`, `small` and `tiny` is a frozen whitening convolution, and their stages begin
-with pooling.
+The first stage is twice as wide as C1; in `fast` four times as wide, in `best` and `tiny` as wide.
+The stem of `fast` and `small` is a frozen whitening convolution, and their stages begin with
+pooling.
 
 `Architecture` documents each choice. `model_cost` computes parameters, multiply-accumulates and
 activation memory of any architecture without allocating it.

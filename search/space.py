@@ -185,6 +185,8 @@ def base_config(search: Search, preset: str) -> Config:
         download=search.download,
         wandb=search.wandb,
         init="",  # whose weights fit one network alone
+        teacher="",  # which has seen the validation images
+        teacher_views=0,
         small_fraction=0.0,  # some networks would pool smaller images to fewer features
     )
     return replace(base, num_classes=len(class_names_of(base)))

@@ -34,7 +34,7 @@ LABEL_PLACES = {
     ("best", "num_params"): ((-9, -5), "right"),
     ("best", "macs"): ((-11, -2), "right"),
     ("tiny", "num_params"): ((8, -10), "left"),
-    ("tiny", "macs"): ((9, -6), "left"),
+    ("tiny", "macs"): ((12, -14), "left"),
     ("small", "num_params"): ((-8, 17), "left"),
 }
 

@@ -48,7 +48,7 @@ NORMS = (  # images, channels, side of the map
     (2000, 24, 15),
     (128, 16, 32),  # the stem of `tpsnet`
 )
-TRAININGS = (("fast", 1), ("fast", 84), ("small", 84), ("tiny", 43))  # preset, epoch
+TRAININGS = (("fast", 1), ("fast", 84), ("small", 84))  # preset, epoch
 
 
 def layer_seconds(images: int, channels: int, filters: int, size: int) -> list[list[float]]:

@@ -257,8 +257,8 @@ def test_muon_leaves_a_frozen_layer_as_it_is():
 
 
 def test_muon_gets_the_convolutions_and_adam_the_rest():
-    model = ResNet(PRESETS["tiny"])
-    muon, adam = make_optimizers(model, replace(PRESETS["tiny"], momentum=0.3))
+    model = ResNet(PRESETS["small"])
+    muon, adam = make_optimizers(model, replace(PRESETS["small"], momentum=0.3))
     assert muon.param_groups[0]["momentum"] == 0.3
     filters, others = (o.param_groups[0]["params"] for o in (muon, adam))
     assert {p.ndim for p in filters} == {4}

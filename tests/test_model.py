@@ -33,8 +33,8 @@ def test_named_networks_have_the_sizes_in_the_docstring():
         "model2": 4_971_680,
         "fast": 4_342_042,
         "small": 1_092_922,
-        "tiny": 277_066,
         "best": 4_327_754,
+        "tiny": 272_474,
     }
     for name, num_blocks, c1, size in rows:
         architecture = part_of(PRESETS[name], Architecture)

@@ -252,6 +252,7 @@ def test_every_preset_can_be_searched_from(preset):
     make_pictures("photos", cat=2, dog=2)  # of `mine`
     trials = make_trials(SPACE, preset, epochs=30)
     assert trials.base.init == ""  # whose weights fit one network alone
+    assert trials.base.teacher == ""  # which has seen the validation images
     sample, _ = draw_sample(trials.search, trials.base, SPACE, 1, [])
     check_config(configuration(sample, trials.base))
 

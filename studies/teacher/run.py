@@ -18,14 +18,8 @@ compare with: the first 126 of 300 epochs of `python train.py best --c1 16 --cut
 300 --warmup-epochs 45` (commit 6799a59, two cores of an AMD EPYC in float32, beside other work; its
 state is lost).
 
-The folder tiny has the state and the log of the network that is taught for long, which has not
-ended: 251 of 300 epochs (commits df5f81e and b595922, two cores of AMD EPYCs, bfloat16), of ten
-views of each image, which take such cores half an hour to answer, and not the twenty of the trial.
-Copied to checkpoints/tiny-300 it goes on by
-
-    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 train.py best --c1 16 \\
-      --cutout-size 0 --epochs 300 --warmup-epochs 45 --teacher best.safetensors \\
-      --teacher-views 10 --label-smoothing 0 --wandb disabled --name tiny-300 --resume
+The network that was taught for 300 epochs is checkpoints/tiny.safetensors, and docs/family.md has
+what it shows.
 """
 
 if __name__ == "__main__":  # above the imports: a missing library or an old Python is one line
