@@ -77,7 +77,8 @@ def draw(config: Config, indices: Tensor, epoch: int) -> tuple[Tensor, ...]:
     """Draw an augmentation for each of the images `indices`, (N,), in their order.
 
     Alternating flips mirror a random half of the images in the first epoch, the other half in the
-    second, and so on: two epochs show every image both ways (Jordan, arXiv:2404.00498).
+    second, and so on: two epochs show every image both ways (Jordan, arXiv:2404.00498), and so do
+    two visits to a view that comes again (`teacher_views`).
 
     Returns:
         Shifts (N, 2) in pixels, angles (N,) in degrees, flips (N,) and Cutout's corners (N, 2).
@@ -89,7 +90,8 @@ def draw(config: Config, indices: Tensor, epoch: int) -> tuple[Tensor, ...]:
     flip = torch.rand(n, generator=rng) < 0.5 * (config.flip == "random")
     if config.flip == "alternating":
         first = torch.rand(n, generator=generator("flip", config.seed)) < 0.5  # by image
-        flip = first[indices] ^ (epoch % 2 == 0)
+        visit, view = divmod(epoch - 1, config.teacher_views or epoch)
+        flip = first[indices] ^ ((visit + view) % 2 == 1)
     # The center of a square is any pixel, so that the square may reach over the edge.
     corner = torch.randint(0, IMAGE_SIZE, (n, 2), generator=rng) - config.cutout_size // 2
     return shift, angle, flip, corner

@@ -92,7 +92,7 @@ class Optimization:
     teacher: str = ""
     """A network (file, run or name) whose predictions are the targets, instead of the labels."""
     teacher_views: Annotated[int, Range(0, 10_000)] = 0
-    """Cycle through this many views of each image, keeping the answers; 0: new ones every epoch."""
+    """Keep the teacher's answers to so many views of an image, uncropped; 0: ask in every epoch."""
     label_smoothing: Annotated[float, Range(0, 1)] = 0.0
     """Fraction of each target spread evenly over all classes."""
     schedule: Literal["cosine", "cosine_restarts", "linear"] = "cosine"
@@ -299,7 +299,7 @@ def image_size(config: Config, epoch: int) -> int:
 
 
 def view_of(config: Config, epoch: int) -> int:
-    """The epoch (from 1) that draws the augmented views on which `epoch` trains."""
+    """The epoch (from 1) whose draw from AutoAugment or TrivialAugment `epoch` trains on."""
     return (epoch - 1) % config.teacher_views + 1 if config.teacher_views else epoch
 
 
@@ -336,6 +336,11 @@ def check_config(config: Config) -> None:
     policies = config.auto_augment, config.trivial_augment
     if all(policies):
         raise InputError("trivial_augment: not with auto_augment, which it replaces; use one")
+    if config.teacher_views > 1 and not any(policies):
+        raise InputError(
+            f"teacher_views: {config.teacher_views}, but all views of an image are alike without"
+            " auto_augment or trivial_augment; use one of them, or 1"
+        )
     moved = config.flip != "none" or config.crop_padding or any(policies)
     if config.dataset == "digits" and moved:
         raise InputError(

@@ -202,7 +202,7 @@ def train_batches(
     """
     num_images, device = len(data.train), data.train.labels.device
     labels = soft_labels(data.train.labels, config)
-    views = augmented(data, config, view_of(config, epoch))
+    views = augmented(data, config, epoch)
     order = epoch_order(config, num_images, epoch).to(device)
     for step in range(first_step, steps_per_epoch(config, num_images)):
         start = step * config.batch_size
@@ -222,13 +222,14 @@ def epoch_order(config: Config, num_images: int, epoch: int) -> Tensor:
 
 
 def augmented(data: Dataset, config: Config, epoch: int) -> Callable[[Tensor], Tensor]:
-    """Draw a view of each training image.
+    """Augment the training images for an epoch (from 1).
 
     Returns:
-        A function from the indices of images, (N,), to their views, (N, 3, 32, 32), normalized.
+        A function from the indices of images, (N,), to what they are trained as, (N, 3, 32, 32),
+        normalized.
     """
     num_images, device = len(data.train), data.train.labels.device
-    images = augment.apply_policy(config, data.train.images, epoch)  # the whole epoch at once
+    images = augment.apply_policy(config, data.train.images, view_of(config, epoch))  # all at once
     order = epoch_order(config, num_images, epoch)
     place = order.argsort()  # of each image in the epoch
     # The draws of an epoch go to the device at once, so that no step waits for a transfer.

@@ -55,8 +55,9 @@ def print_plan(
     steps = steps_per_epoch(config, len(data.train))
     print(f"epochs: {config.epochs} of {steps:,} steps, on {device.type}{number}, {dtype}")
     if config.teacher:
-        number = config.teacher_views or "new"
-        print(printable(f"teacher: {config.teacher}, {number} views of each image"))
+        number = config.teacher_views
+        views = f"{number} view{'s' * (number > 1)} of each image" if number else "in every epoch"
+        print(printable(f"teacher: {config.teacher}, {views}"))
     if start:
         other = "" if start.has_classes(data.class_names) else " but the last layer's: new classes"
         print(printable(f"init: the weights of {start.name}{other}"))

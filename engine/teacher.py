@@ -1,14 +1,17 @@
 """A trained network that teaches another one: its answers to augmented views are the targets.
 
 The student learns from the teacher's probabilities alone, without the labels (knowledge
-distillation; Hinton et al., arXiv:1503.02531), and sees the views that the teacher saw (Beyer et
-al., arXiv:2106.05237). Answers can be kept and repeated (Shen & Xing, arXiv:2112.01528).
+distillation; Hinton et al., arXiv:1503.02531). A teacher that answers in every epoch sees what the
+student sees (Beyer et al., arXiv:2106.05237). With `teacher_views`, answers are kept and repeated
+instead (Shen & Xing, arXiv:2112.01528): those to a few views of each image, as AutoAugment or
+TrivialAugment changes it, before crop, rotation, flip and Cutout. The latter are new whenever a
+view comes again: they hardly change the teacher's answer, and a student that always sees the same
+ones learns its images by heart (docs/family.md).
 """
 
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import safetensors
@@ -17,8 +20,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import Config, Data, view_of
-from data import EVAL_BATCH, Answers, Dataset, augmented
+from augment import apply_policy
+from config import Config, view_of
+from data import EVAL_BATCH, Answers, Dataset
 from engine.checkpoint import checksum
 from engine.distributed import (
     all_reduce_max,
@@ -31,10 +35,10 @@ from engine.distributed import (
 )
 from engine.start import NamedNetwork
 from learner import memory_format
-from utils import CHECKPOINTS, InputError, atomic_path, check_writable, part_of, warn, write_json
+from utils import CHECKPOINTS, InputError, atomic_path, check_writable, warn, write_json
 
-# The constants that do not change the views; all others of `Data` are part of the answers' name.
-NOT_OF_VIEWS = {"small_fraction", "small_size", "small_images", "mixing"}
+# The constants that choose the images and change their views.
+OF_VIEWS = ("val_size", "train_size", "auto_augment", "trivial_augment", "seed")
 
 
 class Teacher(NamedNetwork):
@@ -109,7 +113,7 @@ class Teacher(NamedNetwork):
 
     def compute(self, view: int, after_batch: Callable[[], None]) -> Tensor:
         """Classify a view of every training image; each process takes every n-th batch."""
-        views = augmented(self.data, self.config, view)
+        images = apply_policy(self.config, self.data.train.images, view)
         indices = torch.arange(len(self.data.train), device=self.device)
         logits = torch.zeros(len(indices), self.config.num_classes, device=self.device)
         with tqdm(
@@ -122,7 +126,7 @@ class Teacher(NamedNetwork):
             disable=None if is_main() else True,
         ) as bar:
             for chosen in indices.split(EVAL_BATCH)[rank() :: num_processes()]:
-                logits[chosen] = self.logits(views(chosen))
+                logits[chosen] = self.logits(self.data.normalize(images[chosen] / 255))
                 bar.update(len(chosen) * num_processes())
                 after_batch()
         return all_reduce_sum(logits).half().cpu()
@@ -130,11 +134,7 @@ class Teacher(NamedNetwork):
     @property
     def described(self) -> dict[str, object]:
         """All that the answers depend on, except the view's number and how a device rounds."""
-        constants = asdict(part_of(self.config, Data))
-        views = {name: value for name, value in constants.items() if name not in NOT_OF_VIEWS}
-        if not self.config.trivial_augment:  # a constant that is newer than many kept answers
-            del views["trivial_augment"]
-        views["seed"] = self.config.seed
+        views = {name: getattr(self.config, name) for name in OF_VIEWS}
         facts = {"teacher": self.weights_sha256, "data": self.data.fingerprint, "views": views}
         return facts if self.config.bfloat16 else facts | {"bfloat16": False}
 

@@ -87,7 +87,7 @@ RECIPES = [
         ema_decay=0.9,
         cutout_size=8,
     ),
-    replace(TINY, init=OTHER, teacher=OTHER, teacher_views=2, label_smoothing=0.0),
+    replace(TINY, init=OTHER, teacher=OTHER, teacher_views=1, label_smoothing=0.0),
 ]
 FILES = ("last.pt", checkpoint.PREVIOUS, "model.safetensors")
 ANSWERS = Path(TINY.data_dir, "answers")
