@@ -1,7 +1,7 @@
 """Augmentation: AutoAugment, TrivialAugment, random crop, rotation, flip and Cutout; and mixing.
 
 All but the mixing, which is drawn for a batch, is drawn for each image. Every draw is a pure
-function of (seed, epoch) and the order of the images; the mixing's, of (seed, epoch, step).
+function of the configuration, the epoch and the order of the images; the mixing's, of the step too.
 """
 
 import math
@@ -77,8 +77,8 @@ def draw(config: Config, indices: Tensor, epoch: int) -> tuple[Tensor, ...]:
     """Draw an augmentation for each of the images `indices`, (N,), in their order.
 
     Alternating flips mirror a random half of the images in the first epoch, the other half in the
-    second, and so on: two epochs show every image both ways (Jordan, arXiv:2404.00498), and so do
-    two visits to a view that comes again (`teacher_views`).
+    second, and so on: two epochs show every image both ways (Jordan, arXiv:2404.00498). With
+    `teacher_views`, two visits to a view do, even if the number of views is even.
 
     Returns:
         Shifts (N, 2) in pixels, angles (N,) in degrees, flips (N,) and Cutout's corners (N, 2).

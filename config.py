@@ -92,7 +92,7 @@ class Optimization:
     teacher: str = ""
     """A network (file, run or name) whose predictions are the targets, instead of the labels."""
     teacher_views: Annotated[int, Range(0, 10_000)] = 0
-    """Keep the teacher's answers to so many views of an image, uncropped; 0: ask in every epoch."""
+    """Keep the teacher's answers to so many uncropped views of an image; 0: ask in every epoch."""
     label_smoothing: Annotated[float, Range(0, 1)] = 0.0
     """Fraction of each target spread evenly over all classes."""
     schedule: Literal["cosine", "cosine_restarts", "linear"] = "cosine"
@@ -259,7 +259,7 @@ CLAIMS = {
     "fast": "94.90 ± 0.16% (3 seeds on an NVIDIA H200)",
     "small": "93.72% (1 run on an NVIDIA H200)",
     "best": "96.77 ± 0.07% (3 seeds on an NVIDIA H200): the highest accuracy",
-    "tiny": "93.08% (1 run, 4.4 h on two cores of an EPYC): taught by `best`",
+    "tiny": "93.08% (1 run of an older recipe, none since): taught by `best`",
     "marathon": "not trained yet: `best` for four times as long",
     "mine": "your own pictures, from `small`: docs/own-pictures.md",
     "demo": "99.72% of the digits (1 run, under 2 min on two cores of an EPYC)",

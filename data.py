@@ -116,7 +116,7 @@ SPLIT_SEED = 0  # of every stratified split; the same in every run, so runs comp
 EVAL_BATCH = 100  # images, few enough for a cache; one number, so that all scripts agree to the bit
 
 Batch = tuple[Tensor, Tensor, int]  # images, targets (N, C), size of the global batch
-Answers = Callable[[Tensor, Tensor], Tensor]  # views and indices of images to targets (N, C)
+Answers = Callable[[Tensor, Tensor], Tensor]  # augmented images and indices to targets (N, C)
 
 
 @dataclass(frozen=True)
@@ -198,17 +198,17 @@ def train_batches(
     Args:
         epoch: from 1.
         first_step: the step to begin with, from 0.
-        answers: the targets of the teacher for the views of this epoch.
+        answers: the targets of the teacher for the images of this epoch.
     """
     num_images, device = len(data.train), data.train.labels.device
     labels = soft_labels(data.train.labels, config)
-    views = augmented(data, config, epoch)
+    augmented_images = augmented(data, config, epoch)
     order = epoch_order(config, num_images, epoch).to(device)
     for step in range(first_step, steps_per_epoch(config, num_images)):
         start = step * config.batch_size
         stop = min(start + config.batch_size, num_images)
         chosen = order[start + rank() : stop : num_processes()]
-        images = views(chosen)
+        images = augmented_images(chosen)
         targets = answers(images, chosen) if answers else labels[chosen]
         images = augment.shrink(config, images, image_size(config, epoch))
         if config.mixing:
@@ -225,7 +225,7 @@ def augmented(data: Dataset, config: Config, epoch: int) -> Callable[[Tensor], T
     """Augment the training images for an epoch (from 1).
 
     Returns:
-        A function from the indices of images, (N,), to what they are trained as, (N, 3, 32, 32),
+        A function from the indices of images, (N,), to the augmented images, (N, 3, 32, 32),
         normalized.
     """
     num_images, device = len(data.train), data.train.labels.device

@@ -56,7 +56,9 @@ def print_plan(
     print(f"epochs: {config.epochs} of {steps:,} steps, on {device.type}{number}, {dtype}")
     if config.teacher:
         number = config.teacher_views
-        views = f"{number} view{'s' * (number > 1)} of each image" if number else "in every epoch"
+        views = (
+            f"{number} view{'s' * (number > 1)} of each image" if number else "asked in every epoch"
+        )
         print(printable(f"teacher: {config.teacher}, {views}"))
     if start:
         other = "" if start.has_classes(data.class_names) else " but the last layer's: new classes"

@@ -4,9 +4,8 @@ The student learns from the teacher's probabilities alone, without the labels (k
 distillation; Hinton et al., arXiv:1503.02531). A teacher that answers in every epoch sees what the
 student sees (Beyer et al., arXiv:2106.05237). With `teacher_views`, answers are kept and repeated
 instead (Shen & Xing, arXiv:2112.01528): those to a few views of each image, as AutoAugment or
-TrivialAugment changes it, before crop, rotation, flip and Cutout. The latter are new whenever a
-view comes again: they hardly change the teacher's answer, and a student that always sees the same
-ones learns its images by heart (docs/family.md).
+TrivialAugment changes it, before crop, rotation, flip and Cutout. These are new whenever a view
+comes again, or the student would learn its images by heart (docs/family.md).
 """
 
 import hashlib
@@ -44,9 +43,21 @@ OF_VIEWS = ("val_size", "train_size", "auto_augment", "trivial_augment", "seed")
 class Teacher(NamedNetwork):
     """The network in `config.teacher`, and its answers that are kept."""
 
+    answers_to = "whole views"  # if they are kept
+
     def __init__(self, config: Config) -> None:
         super().__init__("teacher", config)
         self.config = config
+
+    def state_dict(self) -> dict[str, str]:
+        """The teacher that a run was started with, and what its kept answers are about."""
+        return super().state_dict() | {"answers_to": self.answers_to}
+
+    def load_state_dict(self, state: dict[str, str]) -> None:
+        """Raise ValueError if a run was started with another teacher, or other answers."""
+        super().load_state_dict(state)
+        if self.config.teacher_views and "answers_to" not in state:
+            raise ValueError("an older version began it, with answers to cropped views")
 
     def prepare(self, data: Dataset, device: torch.device) -> None:
         """Make ready to answer about these images, on `device`.
@@ -70,7 +81,7 @@ class Teacher(NamedNetwork):
         self.autocast = make_autocast(device, self.config.bfloat16)
 
     def answers(self, epoch: int, after_batch: Callable[[], None]) -> Answers:
-        """The targets of an epoch, as a function of views, (N, 3, 32, 32), and indices, (N,).
+        """The targets of an epoch: a function of augmented images and their indices, (N,).
 
         With `teacher_views` they are read from the files in `folder`, or computed and written.
 
@@ -78,7 +89,7 @@ class Teacher(NamedNetwork):
             after_batch: called after each batch that is computed; an exception of it ends that.
         """
         if not self.config.teacher_views:
-            return lambda views, _: self.targets(self.logits(views))
+            return lambda images, _: self.targets(self.logits(images))
         kept = self.kept(view_of(self.config, epoch), after_batch).to(self.device)
         return lambda _, chosen: self.targets(kept[chosen].float())
 
@@ -87,10 +98,10 @@ class Teacher(NamedNetwork):
         return logits.softmax(1)
 
     @torch.no_grad()
-    def logits(self, views: Tensor) -> Tensor:
-        """(N, 3, 32, 32) normalized views to (N, C) logits, as they would be kept."""
+    def logits(self, images: Tensor) -> Tensor:
+        """(N, 3, 32, 32) normalized images to (N, C) logits, as they would be kept."""
         with self.autocast:
-            return self.model(views).half().float()
+            return self.model(images).half().float()
 
     def kept(self, view: int, after_batch: Callable[[], None]) -> Tensor:
         """The logits of a view of every training image, (N, C) float16."""

@@ -103,6 +103,14 @@ def test_alternating_flips_show_every_image_both_ways_in_two_epochs():
     assert not torch.equal(other_seed, flips[0])
 
 
+@pytest.mark.parametrize("views", [1, 2, 3])
+def test_alternating_flips_show_every_view_both_ways_in_two_visits(views):
+    config, indices = Config(flip="alternating", teacher_views=views), torch.arange(100)
+    flips = [draw(config, indices, epoch)[2] for epoch in range(1, 3 * views + 1)]
+    for flip, next_visit in zip(flips, flips[views:], strict=False):
+        assert torch.equal(next_visit, ~flip)
+
+
 @pytest.mark.parametrize("value", [0.0, 0.15, 0.25, 0.45, 0.55, 0.65, 0.85, 0.95])
 def test_auto_augment_is_torchvisions_on_each_image(value, monkeypatch):
     """Every pair of operations, with all that is drawn set to `value`."""

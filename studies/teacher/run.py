@@ -11,12 +11,15 @@ that it teaches can be compared with each other only; `labels` has not, and may 
 reason alone. 45,000 images to train on, 5,000 for validation, no test image is read, two seeds.
 Runs that are in trial.csv are not repeated, and a run that is cut off goes on.
 
-Record: trial.csv has a row per run, in bfloat16 and beside other work; so far seed 0 of the stage
-loss (commit 76a32e1, an AMD EPYC) and of two arms of less (26b67a0 and 6210d15, an Intel Xeon with
-AMX), which alone decides nothing. tiny-alone.csv is the log of a network without a teacher, to
-compare with: the first 126 of 300 epochs of `python train.py best --c1 16 --cutout-size 0 --epochs
-300 --warmup-epochs 45` (commit 6799a59, two cores of an AMD EPYC in float32, beside other work; its
-state is lost).
+Record: trial-cropped.csv has seed 0 of the stage loss (commit 76a32e1, an AMD EPYC) and of two arms
+of less (26b67a0 and 6210d15, an Intel Xeon with AMX), in bfloat16 and beside other work, which
+alone decides nothing. Then a view was always shown with the same crop, flip and Cutout, and the
+teacher answered to that; now these are new in every epoch, and it answers to the whole view.
+Nothing has been run since, but for crops.csv: the logs of three trainings that compare the two
+(docs/family.md has their commands). In `new-views` alone the teacher sees the crop, too.
+tiny-alone.csv is the log of a network without a teacher, to compare with: the first 126 of 300
+epochs of `python train.py best --c1 16 --cutout-size 0 --epochs 300 --warmup-epochs 45` (commit
+6799a59, two cores of an AMD EPYC in float32, beside other work; its state is lost).
 
 The network that was taught for 300 epochs is checkpoints/tiny.safetensors, and docs/family.md has
 what it shows.

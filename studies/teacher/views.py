@@ -1,10 +1,10 @@
-"""Did a taught network learn its teacher's answers, or the images that it saw by heart?
+"""Did a taught network learn to answer as its teacher does, or did it memorize its images?
 
-    python -m studies.teacher.views    # 5 minutes on two cores
+    python -m studies.teacher.views    # 8 minutes on two cores with AVX2
 
-Question: `tiny` saw ten views of each image, thirty times each, always with the same crop and flip.
-Does it agree with its teacher on these images alone, or also if they are mirrored, cropped
-elsewhere, or another view? And how far do the teacher's own answers change?
+Question: the released `tiny` saw ten views of each image, thirty times each, always with the same
+crop and flip. Does it agree with its teacher on these images alone, or also when they are mirrored
+or cropped elsewhere, and on other views? And how far do the teacher's own answers change?
 
 The two classify every tenth training image. No test image is read. The answer is in
 docs/family.md.
@@ -30,12 +30,12 @@ from engine.teacher import Teacher
 from utils import from_json
 
 EVERY = 10  # one of so many training images is classified
-NEW = 22  # an epoch whose view no epoch of the training showed, and that mirrors as no odd one does
+NEW = 22  # an epoch after the ten views; even, so that it mirrors the images that epoch 1 does not
 ROWS = {  # the epochs that draw the view, the crop and the flip; 0 for the image as it is
     "as it was trained": (1, 1, 1),
     "mirrored": (1, 1, NEW),
     "cropped elsewhere": (1, NEW, 1),
-    "both": (1, NEW, NEW),
+    "mirrored and cropped elsewhere": (1, NEW, NEW),
     "the whole view": (1, 0, 0),
     "another view": (NEW, NEW, NEW),
     "plain": (0, 0, 0),
