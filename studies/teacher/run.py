@@ -15,7 +15,7 @@ Record: trial-cropped.csv has seed 0 of the stage loss (commit 76a32e1, an AMD E
 of less (26b67a0 and 6210d15, an Intel Xeon with AMX), in bfloat16 and beside other work, which
 alone decides nothing. Then a view was always shown with the same crop, flip and Cutout, and the
 teacher answered to that; now these are new in every epoch, and it answers to the whole view.
-Nothing has been run since, but for crops.csv: the logs of three trainings that compare the two
+Nothing has been run since, but for crops.csv: the logs of two trainings that compare the two
 (docs/family.md has their commands). In `new-views` alone the teacher sees the crop, too.
 tiny-alone.csv is the log of a network without a teacher, to compare with: the first 126 of 300
 epochs of `python train.py best --c1 16 --cutout-size 0 --epochs 300 --warmup-epochs 45` (commit
