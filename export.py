@@ -368,7 +368,7 @@ def open_eager(network: nn.Module, threads: int) -> Classifier:
 
 
 def make(kind: str, network: nn.Module, calibration: Tensor, facts: dict[str, object]) -> bytes:
-    """Make the network in this format, with the facts as metadata if it is ONNX."""
+    """Make the network in this format, with the facts as metadata: strings, by name."""
     metadata = {
         key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()
     }
@@ -376,7 +376,9 @@ def make(kind: str, network: nn.Module, calibration: Tensor, facts: dict[str, ob
         return to_onnx(network, metadata)
     if kind == "onnx-int8":
         return to_onnx_int8(network, calibration, metadata)
-    return to_pte(network) if kind == "pte" else to_pte_int8(network, calibration)
+    if kind == "pte":
+        return to_pte(network, metadata)
+    return to_pte_int8(network, calibration, metadata)
 
 
 def to_onnx(network: nn.Module, metadata: dict[str, str]) -> bytes:
@@ -466,17 +468,22 @@ def open_onnx(content: bytes, threads: int) -> Classifier:
     return lambda images: torch.from_numpy(session.run(None, {"image": images.numpy()})[0])
 
 
-def to_pte(network: nn.Module) -> bytes:
-    """Convert to ExecuTorch for one image at a time, run by XNNPACK."""
+def to_pte(network: nn.Module, metadata: dict[str, str]) -> bytes:
+    """Convert to ExecuTorch for one image at a time, run by XNNPACK.
+
+    The format's place for metadata are methods without inputs, each of which returns a constant.
+    """
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
     exported = torch.export.export(network, (torch.zeros(1, 3, 32, 32),))
-    lowered = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
+    lowered = to_edge_transform_and_lower(
+        exported, partitioner=[XnnpackPartitioner()], constant_methods=metadata
+    )
     return bytes(lowered.to_executorch().buffer)
 
 
-def to_pte_int8(network: nn.Module, calibration: Tensor) -> bytes:
+def to_pte_int8(network: nn.Module, calibration: Tensor, metadata: dict[str, str]) -> bytes:
     """Convert to ExecuTorch in int8: static ranges, a scale per channel."""
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
         XNNPACKQuantizer,
@@ -491,7 +498,7 @@ def to_pte_int8(network: nn.Module, calibration: Tensor) -> bytes:
     with torch.no_grad():
         for image in calibration.split(1):
             prepared(image)
-    return to_pte(convert_pt2e(prepared))
+    return to_pte(convert_pt2e(prepared), metadata)
 
 
 def open_pte(content: bytes, threads: int) -> Classifier:

@@ -64,6 +64,21 @@ def test_pte_classifies_as_the_network_does(kind, demo):
     path = demo[0] / "model.safetensors"
     export.export(path, format=(kind,), out=Path("app"), max_drop=LOSS)
     check_classes(kind, path, "app")
+    check_pte_metadata(path, Path("app", export.file_name("demo", kind)))
+
+
+def check_pte_metadata(path, file):
+    """A program's methods without inputs return what the metadata of an ONNX file holds."""
+    from executorch.runtime import Runtime
+
+    program = Runtime.get().load_program(file)
+    methods = program.method_names - {"forward"}
+    facts = {name: program.load_method(name).execute([])[0] for name in methods}
+    _, info = load_model(path)
+    assert json.loads(facts.pop("class_names")) == info["class_names"]
+    assert json.loads(facts.pop("temperature")) == info["temperature"]
+    assert facts.pop("checkpoint_sha256") == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert not facts
 
 
 def check_classes(kind, path, folder):
