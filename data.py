@@ -7,6 +7,7 @@ a run can stop and go on anywhere, on any number of processes.
 
 import contextlib
 import hashlib
+import os
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -113,7 +114,7 @@ RELEASES = {
 APPROXIMATE_COPY = "feb1a89863ee464b208bbb4ee2921ef600c46cbc0372b6b68e8966be7599e65f"
 
 SPLIT_SEED = 0  # of every stratified split; the same in every run, so runs compare
-EVAL_BATCH = 100  # images, few enough for a cache; one number, so that all scripts agree to the bit
+EVAL_BATCH = 100  # images, few enough for a cache
 
 Batch = tuple[Tensor, Tensor, int]  # images, targets (N, C), size of the global batch
 Answers = Callable[[Tensor, Tensor], Tensor]  # augmented images and indices to targets (N, C)
@@ -275,7 +276,8 @@ def load_data_of(path: Path, info: dict[str, object], data_dir: str, download: b
         InputError: the pictures have moved, their classes are others, or as in `load_dataset`.
     """
     trained_in = info.get("data_dir")
-    if not data_dir and trained_in and not Path(trained_in).exists():
+    # Path.exists raises if a folder above may not be searched, as in another user's home.
+    if not data_dir and trained_in and not os.path.exists(trained_in):  # noqa: PTH110
         raise InputError(
             f"data_dir: {trained_in}, whose pictures {path} was trained on, does not exist; name"
             " the folder where they are now with --data-dir"
@@ -445,6 +447,8 @@ def unpack_archive(release: Release, data_dir: Path, download: bool) -> None:
     """
     from torchvision.datasets import utils
 
+    from engine.folders import holds_classes
+
     official, problems = release.torchvision, []
     archives = (release.binary_archive, release.binary_md5), (official.filename, official.tgz_md5)
     for name, md5 in archives:
@@ -456,6 +460,11 @@ def unpack_archive(release: Release, data_dir: Path, download: bool) -> None:
     for folder in places(data_dir, release.python_folder):
         if any(is_there(folder / name) for name, _ in official.train_list):
             problems.append(python_damage(release, folder))
+    if not problems and holds_classes(data_dir):
+        raise InputError(
+            f"data_dir: {data_dir} holds no {release.title}, but folders of pictures; train on"
+            " those with --dataset folder or the preset mine, or name another folder"
+        )
     problem = problems[0] if problems else f"no {release.title} in {data_dir}"
     if download:
         if problems:
@@ -573,11 +582,15 @@ def load_folder(data_dir: Path, test: bool) -> Dataset:
     Without test folders, a fifth of each class is set aside. Mean and std are those of the training
     images.
     """
-    from engine.folders import find_splits, read_splits
+    from engine.folders import find_splits, folders_in, read_splits
 
     train_folder, test_folder = find_splits(data_dir)
-    if test_folder == data_dir / "test" and (data_dir / "val").is_dir():
-        warn(f"{data_dir / 'val'}: not used beside test; --val-size sets training images aside")
+    for name in folders_in(data_dir) if test_folder else ():
+        if data_dir / name not in (train_folder, test_folder):
+            warn(
+                f"{data_dir / name}: not used beside {test_folder.name}; --val-size sets training"
+                " images aside"
+            )
     names, found = read_splits(train_folder, test_folder, with_test=test)
     every, *tests = (Split(*pair) for pair in found)
     order = random_order(every)

@@ -18,8 +18,8 @@ from engine import distributed
 from engine.layers import FasterLayers
 from engine.recorded import Recorded
 from engine.start import Start
-from model import ResNet
-from utils import InputError, derive_seed, first_line
+from model import ResNet, num_parameters
+from utils import InputError, derive_seed, first_line, warn
 
 ADAM_BETAS = (0.9, 0.95)
 PROXY_INTERVAL = 4  # steps; a proxy learns from the first of as many
@@ -149,7 +149,13 @@ class Proxy:
     """
 
     def __init__(self, config: Config, data: Dataset, device: torch.device) -> None:
-        self.learner = Learner(replace(config, width=1, channels=(), ema_decay=0.0), data, device)
+        narrow = replace(config, width=1, channels=(), ema_decay=0.0)
+        if num_parameters(narrow) >= num_parameters(config):
+            warn(
+                f"keep_fraction: {config.keep_fraction} saves no time, since the proxy, of width 1,"
+                " is no smaller than this network; 1 trains on all images"
+            )
+        self.learner = Learner(narrow, data, device)
         self.keep_fraction = config.keep_fraction
         self.criterion = nn.CrossEntropyLoss(
             reduction="none", label_smoothing=config.label_smoothing

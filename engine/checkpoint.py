@@ -216,13 +216,19 @@ def load_state(path: Path) -> tuple[dict[str, object], bool]:
         The state, and whether it is the previous one.
 
     Raises:
-        InputError: both files are missing, damaged, or hold more than tensors and plain values.
+        InputError: both files are missing, damaged, or hold more than tensors and plain values; or
+            one cannot be read.
     """
     for file in (path, path.with_name(PREVIOUS)):
         try:
             return read_state(file), file != path
         except ValueError:
             continue
+        except OSError as error:
+            raise InputError(
+                f"resume: {file} cannot be read ({error.strerror}); change that, or train under"
+                " another --name"
+            ) from None
     problem = "is damaged" if path.exists() else "is missing"
     raise InputError(
         f"resume: {path} {problem} or was not written by train.py, and there is no sound"
@@ -235,9 +241,13 @@ def read_state(path: Path) -> dict[str, object]:
 
     Raises:
         ValueError: it is missing, damaged, or holds more than tensors and plain values.
+        OSError: it cannot be read, though it may be sound.
     """
     try:
         content = path.read_bytes()
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    try:
         content, digest = content[:-32], content[-32:]
         if hashlib.sha256(content).digest() != digest:
             raise ValueError("its SHA-256 is another")

@@ -39,7 +39,8 @@ def find_splits(data_dir: Path) -> tuple[Path, Path | None]:
             )
     tests = [name for name in ("test", "val") if name in names]
     others = [name for name in names if name not in ("train", "test", "val")]
-    if "train" in names and not others:
+    unused = tests and all(name.lower() in TESTS for name in others)
+    if "train" in names and (not others or unused):
         return data_dir / "train", data_dir / tests[0] if tests else None
     if "train" in names and tests:
         raise InputError(
@@ -57,7 +58,38 @@ def find_splits(data_dir: Path) -> tuple[Path, Path | None]:
             f"data_dir: {data_dir} holds {tests[0]} beside {name}; put the class folders into a"
             f" folder named train, or move {tests[0]} out of there"
         )
-    return data_dir, None  # "train" may be a class beside others
+    for name in names:  # "train" may be a class beside others
+        if name.lower() in SPLITS and not pictures_in(data_dir / name):
+            other = next(other for other in names if other != name)
+            raise InputError(
+                f"data_dir: {data_dir} holds {other} beside {name}, whose pictures are in folders;"
+                f" name {other} test, or move it out of there; or, if {name} is a class, put its"
+                f" pictures into {name} itself"
+            )
+    return data_dir, None
+
+
+def holds_classes(data_dir: Path) -> bool:
+    """True if `data_dir` is likely meant to be trained on: each of its class folders has pictures.
+
+    Raises:
+        OSError: a class folder cannot be read.
+    """
+    try:
+        folder, _ = find_splits(data_dir)
+        return all(pictures_in(folder / name) for name in class_names(folder))
+    except InputError:
+        return False
+
+
+def pictures_in(folder: Path) -> list[str]:
+    """The sorted names of the pictures in `folder` itself.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    suffixes = picture_suffixes()
+    return sorted(p.name for p in folder.iterdir() if p.suffix.lower() in suffixes and p.is_file())
 
 
 def class_names(folder: Path) -> tuple[str, ...]:
@@ -158,9 +190,7 @@ def read_splits(
 
 def warn_of_loose_pictures(folder: Path) -> None:
     """Warn about pictures beside the class folders in `folder`, which are of no class."""
-    suffixes = picture_suffixes()
-    loose = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in suffixes and p.is_file())
-    if loose:
+    if loose := pictures_in(folder):
         pictures = "1 picture is" if len(loose) == 1 else f"{len(loose):,} pictures are"
         warn(f"{folder}: {pictures} beside the class folders, in none ({loose[0]}); left out")
 

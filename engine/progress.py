@@ -220,8 +220,8 @@ class WandbRun:
             shown = {key: value for key, value in row.items() if value is not None}
             self._attempt(self.run.log, shown, step=row["epoch"])
 
-    def finish(self, summary: dict[str, float], curves: Path) -> None:
-        """Log the final figures and the learning curves, and end the run.
+    def finish(self, summary: dict[str, float], curves: Path | None) -> None:
+        """Log the final figures and the learning curves, if they were drawn, and end the run.
 
         The library waits for a silent server for FINISH_SECONDS, then gives up.
         """
@@ -229,10 +229,11 @@ class WandbRun:
             sys.stdout.flush()  # the results come before the wait
             self._attempt(self._finish, summary, curves)
 
-    def _finish(self, summary: dict[str, float], curves: Path) -> None:
+    def _finish(self, summary: dict[str, float], curves: Path | None) -> None:
         import wandb
 
-        self.run.log({"curves": wandb.Image(str(curves))})
+        if curves:
+            self.run.log({"curves": wandb.Image(str(curves))})
         self.run.summary.update(summary)
         try:
             self.run.finish()

@@ -340,10 +340,14 @@ class Run:
         self._write_log()
         if not is_main():
             return
-        curves = self.folder / "curves.png"
-        plots.learning_curves(self.log, curves, self.folder.name)
         if test:
             print(f"test accuracy: {test}")
+        curves = self.folder / "curves.png"
+        try:
+            plots.learning_curves(self.log, curves, self.folder.name)
+        except InputError as error:  # on Windows, if a viewer has it open
+            warn(f"no figure: {error}")
+            curves = None
         summary = {"test_loss": test.loss, "test_accuracy": test.accuracy} if test else {}
         self.wandb.finish(summary, curves)
 

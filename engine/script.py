@@ -78,7 +78,8 @@ def run_script(script: str | Callable[[list[str]], None]) -> None:
             raise
         problem = utils.first_line(error).rpartition("DefaultCPUAllocator: ")[2]
         utils.print_error(
-            f"error: memory: {problem}; free some, or give train.py a smaller --batch-size",
+            f"error: memory: {problem}; free some, or give train.py or predict.py a smaller"
+            " --batch-size",
             own=True,
         )
         sys.exit(2)

@@ -115,12 +115,21 @@ class Teacher(NamedNetwork):
         if not whole and path.exists():
             warn(f"{path} is damaged; computing its answers again")
         if local_rank() == 0:
-            check_writable("data_dir", self.folder)  # before hours of work
+            self.check_folder()  # before hours of work
         logits = self.compute(view, after_batch)
         if local_rank() == 0:
             write_json(self.folder / "views.json", self.described)
             write_answers(path, logits)
         return logits
+
+    def check_folder(self) -> None:
+        """Raise InputError if answers cannot be written."""
+        try:
+            check_writable("data_dir", self.folder)
+        except InputError as error:
+            raise InputError(
+                f"{error}, or use --teacher-views 0: the teacher's answers are kept beside the data"
+            ) from None
 
     def compute(self, view: int, after_batch: Callable[[], None]) -> Tensor:
         """Classify a view of every training image; each process takes every n-th batch."""

@@ -211,3 +211,12 @@ def test_damaged_state_is_replaced_by_the_previous_one_or_refused(damage):
         load_state(path)
     assert "\n" not in str(error.value)
     assert not Path("bomb_went_off").exists()
+
+
+def test_state_that_cannot_be_read_is_not_taken_for_damaged():
+    save_state(Path(checkpoint.PREVIOUS), {"step": 1})
+    Path("last.pt").mkdir()  # a file without permission, to users other than root
+    with pytest.raises(
+        InputError, match=r"^resume: last.pt cannot be read \(.*\); change that, or"
+    ):
+        load_state(Path("last.pt"))

@@ -203,6 +203,11 @@ BAD_FOLDERS = {  # what is there: pictures of each class below photos/, or anoth
         {"train/a": 2, "test/a": 2, "more": 2},
         "photos holds more beside train and test; move it into train, or out of there",
     ),
+    "beside a train folder": (
+        {"train/cat": 2, "train/dog": 2, "dev/cat": 2, "dev/dog": 2},
+        "photos holds dev beside train, whose pictures are in folders; name dev test, or move it"
+        " out of there; or, if train is a class, put its pictures into train itself",
+    ),
     "a test beside the classes": (
         {"cat": 2, "dog": 2, "test/x": 2},
         "photos holds test beside cat; put the class folders into a folder named train, or move"
@@ -534,7 +539,7 @@ def script(monkeypatch):
         (torch.OutOfMemoryError("CUDA out of memory.\nAnd more"), 2, "error: memory: CUDA"),
         (RuntimeError("MPS backend out of memory (MPS"), 2, "error: memory: MPS"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), 2, "error: memory: CUDA"),
-        (MemoryError(), 2, "error: memory: MemoryError; free some, or give train.py a smaller"),
+        (MemoryError(), 2, "error: memory: MemoryError; free some, or give train.py or predict"),
         (ModuleNotFoundError("no", name="tyro"), 2, "error: tyro: not installed; run `pip install"),
         (ModuleNotFoundError("no", name="ray.tune"), 2, "error: ray: not installed"),
         (OSError(28, "No space left"), 2, "error: stdout: cannot be written (No space left); make"),

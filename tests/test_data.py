@@ -282,6 +282,18 @@ def test_without_sound_files_one_line_says_what_to_do(
         assert not folder.exists()
 
 
+@pytest.mark.parametrize("place", ["photos", "photos/train"])
+def test_cifar_is_not_downloaded_into_folders_of_pictures(place):
+    make_pictures(place, cat=2, dog=2)
+    with pytest.raises(
+        InputError, match=r"^data_dir: photos holds no CIFAR-10, but .* --dataset f"
+    ):
+        cifar10("photos", download=True)
+    make_pictures("photos/more/inner", bee=1)
+    with pytest.raises(InputError, match=r"^data_dir: no CIFAR-10 in photos; allow its download"):
+        cifar10("photos")
+
+
 def test_of_two_processes_one_downloads_and_the_other_waits(tiny_cifar10, monkeypatch, capsys):
     begun, calls = threading.Event(), []
 
@@ -415,6 +427,9 @@ def test_train_and_test_folders_stay_apart(tested, capsys):
     make_pictures("photos/test", cat=3, dog=2)
     assert len(folder().test) == 5
     assert "not used beside test" in capsys.readouterr().err
+    make_pictures("photos/Validation", cat=1, dog=1)
+    assert len(folder().test) == 5
+    assert capsys.readouterr().err.count("not used beside test") == 2
     make_pictures("vehicles", train=3, plane=3)
     assert folder("vehicles").class_names == ("plane", "train")
 

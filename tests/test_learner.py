@@ -329,6 +329,15 @@ def test_proxy_keeps_the_images_of_the_largest_loss(make_proxy, label_smoothing)
     assert torch.equal(labels, batches[0][1][order])
 
 
+@pytest.mark.parametrize(("channels", "is_narrower"), [((), True), ((8, 16, 32), False)])
+def test_proxy_that_saves_no_time_is_reported(channels, is_narrower, digits, capsys):
+    config = replace(
+        EXACT, num_blocks=(1, 1, 1), c1=8, width=2, channels=channels, keep_fraction=0.5
+    )
+    Proxy(config, digits, CPU)
+    assert ("keep_fraction: 0.5 saves no time" in capsys.readouterr().err) == (not is_narrower)
+
+
 @pytest.mark.parametrize("first_step", [0, 5])
 def test_proxy_learns_from_every_fourth_batch(make_proxy, first_step):
     """By its number in the epoch, which a resumed run does not begin at 0."""

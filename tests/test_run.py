@@ -659,6 +659,17 @@ def test_estimate_leaves_out_the_first_step_and_its_save(monkeypatch, capsys):
     assert capsys.readouterr().out == f"estimated time on this CPU: {duration(left)}\n"
 
 
+def test_figure_that_cannot_be_drawn_costs_no_result(tiny, monkeypatch, capsys):
+    def locked(*_args):
+        raise InputError("curves.png cannot be written (it is open)")
+
+    monkeypatch.setattr("engine.plots.learning_curves", locked)
+    _, score = train(replace(tiny, wandb="offline"))
+    out, err = capsys.readouterr()
+    assert f"test accuracy: {score}" in out
+    assert err == "warning: no figure: curves.png cannot be written (it is open)\n"
+
+
 def test_run_folder_holds_what_the_readme_promises(demo):
     folder, _ = demo
     names = {path.name for path in folder.iterdir()}
