@@ -184,6 +184,7 @@ def test_mixing_is_a_weighted_mean_or_a_rectangle_of_the_image_before(images):
     images, size = images.float(), 32
     targets = torch.eye(64)
     others, kinds, shares = images.roll(1, 0), {"none": 0, "mixup": 0, "cutmix": 0}, []
+    of_mixup = []
     for step in range(400):
         mixed, soft = augment_script.mix(Config(mixing=0.8), images, targets, 3, step)
         share = soft[0, 63].item()  # of the image before the first one, the last
@@ -195,6 +196,7 @@ def test_mixing_is_a_weighted_mean_or_a_rectangle_of_the_image_before(images):
             assert share == 0
         elif torch.allclose(mixed, images.lerp(others, share), atol=1e-3):
             kinds["mixup"] += 1
+            of_mixup.append(share)
         else:
             kinds["cutmix"] += 1
             rows, columns = (inside.any(dim=d).nonzero().flatten() for d in (1, 0))
@@ -205,6 +207,7 @@ def test_mixing_is_a_weighted_mean_or_a_rectangle_of_the_image_before(images):
     assert 40 < kinds["none"] < 120
     assert abs(kinds["mixup"] - kinds["cutmix"]) < 80
     assert min(shares) < 0.1 < 0.6 < max(shares)
+    assert np.mean([min(share, 1 - share) < 0.1 for share in of_mixup]) > 0.5  # alpha is 0.2
 
 
 def test_mixing_is_a_pure_function_of_seed_epoch_and_step(images):

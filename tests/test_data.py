@@ -23,7 +23,7 @@ import data
 from config import PRESETS, Config
 from data import Split, load_dataset, train_batches
 from engine.pictures import list_files, read_picture
-from utils import InputError, generator
+from utils import InputError, derive_seed, generator
 
 DIGITS = PRESETS["demo"]
 CIFAR10 = data.RELEASES["cifar10"]
@@ -79,6 +79,17 @@ def test_fewer_training_images_are_stratified_and_leave_the_other_splits_alone()
 def test_validation_split_that_cannot_be_stratified_is_refused(size):
     with pytest.raises(InputError, match=f"val_size: {size} .* use 0, or 10 to 1,428"):
         load_dataset(replace(DIGITS, val_size=size))
+
+
+def test_what_saved_runs_and_released_networks_rely_on_stays_as_it_was():
+    """Or a resumed run sees other batches, or trains on the images that it is validated on."""
+    numbers = torch.arange(40)
+    pixels = numbers.to(torch.uint8)[:, None, None, None].repeat(1, 3, 32, 32)
+    split = Split(pixels, numbers % 4)
+    assert derive_seed("order", 0, 1) == 2164609937
+    val = data.stratified(split, 8)[1].images[:, 0, 0, 0]
+    assert val.tolist() == [0, 15, 17, 19, 20, 29, 30, 38]
+    assert data.fingerprint(split).startswith("2ee14213f859aad5f1adc4fb")
 
 
 # ---------------------------------------------------------------- CIFAR-10

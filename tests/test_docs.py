@@ -82,11 +82,10 @@ def test_scripts_exist():
         assert source_of(f"-m {module}").exists(), module
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [command for command in COMMANDS if " --" in command])
 def test_options_exist(command, monkeypatch):
     options = re.findall(r"(?<!\S)--[a-z0-9-]+", command)
-    if not options:
-        return
+    assert options
     monkeypatch.setenv("COLUMNS", "200")
     for option in options:
         assert re.search(rf"{option}(?![\w-])", help_of(source_of(command))), option

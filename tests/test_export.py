@@ -39,11 +39,20 @@ LOSS = 1  # point: so briefly trained, a network in int8 may lose an image or tw
 def exported(demo, tmp_path_factory):
     """The demo's checkpoint, the folder of its page and ONNX files, verdicts and output."""
     folder, output = tmp_path_factory.mktemp("app") / "my page", io.StringIO()
-    path = demo[0] / "model.safetensors"
+    path = calibrated(demo, tmp_path_factory.mktemp("network"))
     formats = ("onnx", "onnx-int8", "page")
     with contextlib.redirect_stdout(output):
         verdicts = export.export(path, format=formats, out=folder, max_drop=LOSS, examples=3)
     return path, folder, verdicts, output.getvalue()
+
+
+def calibrated(demo, folder):
+    """A copy of the demo's checkpoint in `folder`, with a temperature."""
+    model, info = load_model(demo[0] / "model.safetensors")
+    del info["architecture"]
+    path = folder / "demo.safetensors"
+    save_model(path, model, info | {"temperature": 2.0})
+    return path
 
 
 def open_file(kind, folder):
@@ -61,7 +70,7 @@ def test_onnx_classifies_as_the_network_does(kind, exported):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pte", "pte-int8"])
 def test_pte_classifies_as_the_network_does(kind, demo):
-    path = demo[0] / "model.safetensors"
+    path = calibrated(demo, Path())
     export.export(path, format=(kind,), out=Path("app"), max_drop=LOSS)
     check_classes(kind, path, "app")
     check_pte_metadata(path, Path("app", export.file_name("demo", kind)))
@@ -170,6 +179,13 @@ def test_python_without_pytorch_answers_as_classify_does(exported, capsys):
     assert [name for name, _ in lines] == list(expected)[:3]
     found = [float(percentage.removesuffix("%")) for _, percentage in lines]
     assert found == pytest.approx([100 * one for one in expected.values()][:3], abs=0.1)
+
+
+@pytest.mark.parametrize(("accuracy", "refused"), [(94.9, False), (94.5, True), (95.5, False)])
+def test_a_format_that_loses_accuracy_is_refused(accuracy, refused):
+    eager = export.Verdict("PyTorch", 0, 95.0, 100.0, 0.0, 1.0, None)
+    verdict = eager._replace(name="onnx-int8", accuracy=accuracy)
+    assert bool(export.why_refused(verdict, eager, 0.2, 10_000, 1.0)) == refused
 
 
 @pytest.mark.parametrize(

@@ -229,6 +229,14 @@ def test_orthogonalize_moves_all_singular_values_to_about_1():
         torch.testing.assert_close(singular, diagonal.diag_embed(), atol=1e-4, rtol=0)
 
 
+def test_orthogonalize_lifts_small_singular_values_and_the_least_41_fold():
+    """By three steps, each of which multiplies a value near 0 by 3.4445."""
+    values = torch.tensor([1.0, 0.1, 0.02, 1e-4])
+    found = orthogonalize(torch.diag(values)[None])[0].diagonal()
+    assert 0.5 < found[:3].min() < found[:3].max() < 1.2
+    assert 40 < found[3] / values[3] < 41.5
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_muon_turns_weights_of_constant_norm_along_nesterovs_momentum(dtype):
     weight = nn.Parameter(torch.randn(4, 2, 3, 3, generator=generator(0)))
@@ -260,6 +268,7 @@ def test_muon_gets_the_convolutions_and_adam_the_rest():
     model = ResNet(PRESETS["small"])
     muon, adam = make_optimizers(model, replace(PRESETS["small"], momentum=0.3))
     assert muon.param_groups[0]["momentum"] == 0.3
+    assert adam.param_groups[0]["betas"] == (0.9, 0.95)
     filters, others = (o.param_groups[0]["params"] for o in (muon, adam))
     assert {p.ndim for p in filters} == {4}
     assert {p.ndim for p in others} == {1, 2}

@@ -359,13 +359,16 @@ def test_answers_are_those_of_the_network(options, network, checkpoint, monkeypa
         logits = (network(x) + network(x.flip(-1))) / 2 if options else network(x)
     values, classes = logits.softmax(1).topk(3)
     line = ["*.png", "--top", 3, "--checkpoint", checkpoint, "--batch-size", 3, "--json", "a.json"]
+    line += ["--csv", "a.csv"]
     assert run_main("predict", *line, *options, monkeypatch=monkeypatch) == 0
+    table = read_csv("a.csv")
     found = json.loads(Path("a.json").read_text())
     assert (found["checkpoint"], found["temperature"]) == (checkpoint, None)
     for i, row in enumerate(found["images"]):
         assert row["file"] == f"{i}.png"
         names = [one["class"] for one in row["predictions"]]
         assert names == [INFO["class_names"][c] for c in classes[i]]
+        assert names == [table[i][f"class_{n}"] for n in (1, 2, 3)]
         probabilities = [one["probability"] for one in row["predictions"]]
         assert probabilities == pytest.approx(values[i].tolist(), abs=1e-4)
     out, err = capsys.readouterr()

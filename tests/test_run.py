@@ -25,7 +25,7 @@ from conftest import ROOT, TINY, command, make_pictures, run_main
 from faults import RECIPES, Fork, digest, result
 
 import utils
-from config import PRESETS, images_per_epoch, record
+from config import PRESETS, record
 from data import load_dataset, train_batches
 from engine import distributed
 from engine.checkpoint import PREVIOUS, load_model, load_state, read_state, save_model, save_state
@@ -649,14 +649,20 @@ def test_demo_reaches_90_percent_in_three_epochs_and_says_what_to_run_next(demo)
 
 
 def test_estimate_leaves_out_the_first_step_and_its_save(monkeypatch, capsys):
-    config = replace(PRESETS["demo"], epochs=1)
+    config = replace(PRESETS["demo"], epochs=4, small_fraction=0.5, small_size=16)
+    config = replace(config, keep_fraction=0.5)
     progress, ends = Progress(config, 1000), iter([30, 60, 61, 62, 63, 64])
     with monkeypatch.context() as patch:
         patch.setattr("time.perf_counter", lambda: next(ends))  # all but two steps take a second
         for step in range(1, 7):
             progress.estimate(1, 10 * step, 10)
-    left = (images_per_epoch(config, 1000) - 60) / 10
-    assert capsys.readouterr().out == f"estimated time on this CPU: {duration(left)}\n"
+    # 500 images in an epoch, two of small images and two of four times as many pixels: 494 s.
+    assert capsys.readouterr().out == "estimated time on this CPU: 8.2 min\n"
+
+
+def test_durations_have_their_natural_unit():
+    seconds = {4.2: "4.2 s", 738: "12.3 min", 12_240: "3.4 h", 483_840: "5.6 days"}
+    assert [duration(number) for number in seconds] == list(seconds.values())
 
 
 def test_figure_that_cannot_be_drawn_costs_no_result(tiny, monkeypatch, capsys):
@@ -726,7 +732,8 @@ def test_average_is_validated_tested_and_saved_with_its_temperature(tiny, capsys
     monkeypatch.setattr("train.fit_temperature", lambda *given: fitted.append(given) or 1.5)
     rows, score = train(replace(tiny, c1=5, ema_decay=0.7, val_size=200))
     out = capsys.readouterr().out
-    assert " val " in out
+    for kind in ("train", "val"):
+        assert f"{kind} {rows[-1][f'{kind}_loss']:.4f} {rows[-1][f'{kind}_accuracy']:6.2f}%" in out
     assert "next:" not in out  # the advice of the script: here the data may be the user's own
     model, info = load_model(FOLDER / "model.safetensors")
     averaged = read_state(FOLDER / "last.pt")["learner"]["ema"]

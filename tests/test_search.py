@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import itertools
 import json
 import os
 import re
@@ -30,6 +31,7 @@ from search.space import (
     Search,
     configuration,
     draw_sample,
+    random_samples,
     with_defaults,
     with_epochs,
 )
@@ -236,6 +238,11 @@ def test_trials_are_within_the_space_and_the_limits(algorithm):
         assert 1e-4 <= config.lr <= 1
         rejected += row["rejected"]
     assert rejected > 0
+
+
+def test_a_logarithmic_range_is_drawn_evenly_by_order_of_magnitude():
+    samples = itertools.islice(random_samples(TINY, 0), 400)
+    assert 0.005 < np.median([sample["lr"] for sample in samples]) < 0.02  # of 1e-4 to 1
 
 
 @pytest.mark.parametrize("algorithm", ["random", "optuna"])
@@ -494,6 +501,9 @@ def test_asha_stops_trials_early_and_they_stay_stopped():
     assert stopped
     assert all(row["epochs"] < 4 for row in stopped.values())
     assert max(row["epochs"] for row in rows("finished").values()) == 4
+    for number, row in found.items():
+        first, *_ = utils.read_csv(f"checkpoints/tiny/{number:03d}/log.csv")
+        assert row["early_accuracy"] == first["val_accuracy"]  # of the epoch of grace
     assert start("--resume tiny").wait(300) == 0, Path("out.txt").read_text()
     assert rows() == found
 

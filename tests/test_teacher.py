@@ -1,6 +1,7 @@
 """A network taught by another one: its targets, the answers that are kept, resuming."""
 
 import functools
+import hashlib
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ from data import epoch_order, load_dataset, train_batches
 from engine.checkpoint import load_model, read_state, save_model
 from engine.start import NamedNetwork
 from engine.teacher import Teacher
+from learner import Learner
 from train import train as train_on
 from train import train_seeds
 from utils import CHECKPOINTS, InputError, StoppedError
@@ -100,6 +102,22 @@ def test_kept_answers_are_those_to_the_whole_views():
         expected = probabilities(IMAGES.normalize(whole / 255))
         assert torch.allclose(targets, expected, atol=2e-3)  # kept in float16
         assert not torch.allclose(targets, probabilities(images), atol=0.1)
+
+
+def test_a_training_learns_from_the_answers_to_the_views_that_it_shows():
+    config = replace(VIEWED, teacher_views=2, epochs=2)
+    rows, _ = train(config)
+    teacher, learner = teacher_of(config), Learner(config, IMAGES, CPU)
+    for epoch, row in enumerate(rows, start=1):
+        loss, seen = 0.0, 0
+        answers = teacher.answers(epoch, nothing)
+        for images, targets, n in train_batches(IMAGES, config, epoch, answers=answers):
+            loss += learner.step(images, targets, n)[0].item()
+            seen += n
+        assert row["train_loss"] == pytest.approx(loss / seen, rel=1e-5)
+    _, info = load_model("checkpoints/student/model.safetensors")
+    content = Path("teacher.safetensors").read_bytes()
+    assert info["teacher_sha256"] == hashlib.sha256(content).hexdigest()
 
 
 def test_teacher_sees_whole_images_where_the_student_sees_small_ones():
@@ -352,11 +370,12 @@ def test_teacher_is_named_as_a_run_is():
         train(replace(VIEWED, name="new", teacher="large", resume=True))
 
 
-def test_answers_that_cannot_be_written_are_not_computed(monkeypatch):
-    monkeypatch.setattr(Teacher, "compute", None)
+def test_answers_that_cannot_be_written_are_not_computed():
+    computed = []
     Path("data").touch()
     with pytest.raises(InputError, match=r"^data_dir: .*data is no .* --teacher-views 0"):
-        teacher_of(replace(VIEWED, teacher_views=1)).kept(1, nothing)
+        teacher_of(replace(VIEWED, teacher_views=1)).kept(1, lambda: computed.append(1))
+    assert not computed
 
 
 def test_the_same_teacher_in_another_file_goes_on_and_another_one_cannot():
