@@ -12,7 +12,7 @@ import pickle
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -172,8 +172,10 @@ class Normalize(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+        # Whatever defaults the user's program has set.
+        make = partial(torch.tensor, dtype=torch.float32, device="cpu")
+        self.register_buffer("mean", make(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", make(std)[:, None, None], persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """(images - mean) / std."""

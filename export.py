@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from data import EVAL_BATCH, Dataset, Normalize, Split, load_data_of, stratified
 from engine.checkpoint import find_checkpoint, load_model
-from engine.distributed import keep_freed_memory
+from engine.distributed import keep_freed_memory, usable_cpus
 from engine.script import plain_arguments
 from utils import (
     CHECKPOINTS,
@@ -298,8 +298,8 @@ def quiet() -> Iterator[None]:
 
 @torch.inference_mode()
 def logits_of(opener: Opener, test: Split) -> Tensor:
-    """Logits of all images, computed on all processors."""
-    classifier = opener(os.cpu_count() or 1)
+    """Logits of all images, computed on all processors that this process may use."""
+    classifier = opener(usable_cpus())
     return torch.cat([classifier(batch / 255) for batch in test.images.split(EVAL_BATCH)])
 
 

@@ -15,6 +15,7 @@ import sys as _sys
 from pathlib import Path as _Path
 from types import ModuleType as _Module
 
+from torch import device as _device
 from torch import nn as _nn
 
 dependencies = ["torch", "numpy", "safetensors"]
@@ -56,7 +57,8 @@ def _load(name: str, pretrained: bool) -> _nn.Module:
     path = _FOLDER / "checkpoints" / f"{name}.safetensors"
     model, info = modules["engine.checkpoint"].load_model(path)
     if not pretrained:
-        model = modules["model"].ResNet(model.architecture).eval()
+        with _device("cpu"):  # whatever default the user's program has set
+            model = modules["model"].ResNet(model.architecture).eval()
         info = {key: info[key] for key in ("architecture", "class_names", "mean", "std")}
     model.info = info
     # As a plain attribute: `model.children()` and the state stay those of the network.

@@ -41,6 +41,7 @@ from torch.nn import functional as F
 from utils import IMAGE_SIZE, InputError, Range, check_fields, part_of
 
 MAX_PARAMS = 5_000_000  # the project's budget
+WHITENING_C1 = 24  # filters of a whitening stem: 12 for patches of 2x2 pixels, and their negatives
 
 
 @dataclass(frozen=True)
@@ -265,8 +266,11 @@ def check_architecture(architecture: Architecture) -> None:
         for size in per_stage(kernel, num_stages):
             if size % 2 == 0:
                 raise InputError(f"{name}: {size} is even; use an odd size such as {size - 1}")
-    if a.stem == "whitening" and a.c1 != 24:
-        raise InputError(f"c1: {a.c1} with a whitening stem, which has 24 filters; use 24")
+    if a.stem == "whitening" and a.c1 != WHITENING_C1:
+        raise InputError(
+            f"c1: {a.c1} with a whitening stem, which has {WHITENING_C1} filters; use"
+            f" {WHITENING_C1}"
+        )
     size = feature_size(a)
     if a.pool_kernel > size:
         raise InputError(

@@ -151,7 +151,7 @@ def classify(
     if not pictures:
         return []
     normalize = Normalize(info["mean"], info["std"])
-    logits = evaluate.classify(model, torch.stack(pictures), normalize)
+    logits = evaluate.classify(model, torch.stack(pictures), normalize, shared=False)
     probabilities = (logits / (info.get("temperature") or 1)).softmax(1)
     names = info["class_names"]
     found = [best(one, names, len(names)) for one in probabilities]

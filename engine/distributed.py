@@ -4,9 +4,11 @@ import contextlib
 import ctypes
 import functools
 import gc
+import math
 import os
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path, PurePosixPath
 
 import torch
 import torch.distributed as dist
@@ -111,6 +113,40 @@ def has_bfloat16(device: torch.device) -> bool:
 def dtype_name(dtype: torch.dtype) -> str:
     """`float32` for torch.float32."""
     return str(dtype).removeprefix("torch.")
+
+
+def usable_cpus(root: Path = Path("/")) -> int:
+    """How many CPUs this process may use, which may be fewer than the machine has.
+
+    They are limited by the affinity, the quota of a container or a user, and the SLURM job.
+    """
+    import joblib  # comes with scikit-learn; torch.hub lacks it
+
+    limits = [joblib.cpu_count(), *cgroup_quotas(root)]
+    allocated = os.environ.get("SLURM_CPUS_ON_NODE", "")
+    if allocated.isdecimal():
+        limits.append(int(allocated))
+    return max(1, min(limits))
+
+
+def cgroup_quotas(root: Path) -> list[int]:
+    """The CPU quotas of this process's control group (version 2) and of those above it.
+
+    joblib reads only the outermost one, which is that of a container.
+    """
+    quotas = []
+    with contextlib.suppress(OSError):  # not on Linux
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            hierarchy, _, name = line.split(":", 2)
+            if hierarchy != "0":  # of version 1
+                continue
+            group = PurePosixPath(name)
+            for folder in (group, *group.parents):
+                path = root / "sys/fs/cgroup" / folder.relative_to("/") / "cpu.max"
+                with contextlib.suppress(OSError, ValueError):  # no such file, or no limit: "max"
+                    quota, period = map(int, path.read_text().split())
+                    quotas.append(math.ceil(quota / period))
+    return quotas
 
 
 def keep_freed_memory() -> None:

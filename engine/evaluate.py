@@ -24,29 +24,32 @@ def classify(
     normalize: Normalize,
     flip_tta: bool = False,
     after_batch: Callable[[], None] | None = None,
+    shared: bool = True,
 ) -> Tensor:
     """Compute the logits of all images, (N, num_classes) float32, on their device.
 
-    Under torchrun each process takes every n-th batch and all get all logits. On CPUs they are the
-    same to the last bit for any number of processes, since the batches are the same.
+    Under torchrun, if `shared`, each process takes every n-th batch and all get all logits. On CPUs
+    they are the same to the last bit for any number of processes, since the batches are the same.
 
     Args:
         model: a `ResNet`; evaluated in eval mode, then put back into its mode.
         images: (N, 3, 32, 32) uint8.
         flip_tta: average the logits with those of the mirrored images (test-time augmentation).
         after_batch: called after each batch; an exception of it ends the evaluation.
+        shared: all processes classify these images together.
     """
     was_training = model.training
     model.eval()
-    logits = torch.zeros(len(images), model.linear.out_features, device=images.device)
+    shape = len(images), model.linear.out_features
+    logits = torch.zeros(shape, dtype=torch.float32, device=images.device)
     batches = list(zip(images.split(EVAL_BATCH), logits.split(EVAL_BATCH), strict=True))
-    for batch, out in batches[rank() :: num_processes()]:
-        x = normalize(batch / 255)
+    for batch, out in batches[rank() :: num_processes()] if shared else batches:
+        x = normalize(batch.float() / 255)
         out.copy_((model(x) + model(x.flip(-1))) / 2 if flip_tta else model(x))
         if after_batch:
             after_batch()
     model.train(was_training)
-    return all_reduce_sum(logits)
+    return all_reduce_sum(logits) if shared else logits
 
 
 def evaluate(

@@ -4,26 +4,25 @@ Nothing of Ray is imported or set in the environment until `ray_started` runs.
 """
 
 import contextlib
-import math
 import os
 import secrets
 import signal
 import socket
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-import joblib  # comes with scikit-learn
-
+from engine.distributed import usable_cpus
 from search.space import Search
 from utils import CHECKPOINTS, InputError, first_line
 
 ROOT = Path(__file__).resolve().parent.parent
-WORKER_TIMEOUT = 45  # seconds for a worker process to start
+WORKER_TIMEOUT = 120  # seconds for a worker process to start, perhaps from a network file system
 # 0 keeps Ray off the network, which is its default on Windows and macOS alone.
 LISTEN = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+HIDE_GPUS = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}  # from a trial that uses none
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # send nothing
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # hide the GPUs from a trial that uses none
+    **HIDE_GPUS,
     "RAY_prestart_worker_first_driver": "0",  # otherwise Ray waits forever for workers that die
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # data/ and checkpoints/ are relative to this folder
     "RAY_AIR_NEW_OUTPUT": "0",  # Monitor prints instead
@@ -54,6 +53,8 @@ def ray_started(search: Search) -> Iterator[None]:
             " `pip install -r requirements-dev.txt`"
         ) from None
     path = os.pathsep.join([str(ROOT), "${PYTHONPATH}"])  # workers import search.ray_tune
+    # Those of a cluster do not inherit the environment of this process.
+    of_workers = {"PYTHONPATH": path, "TPSNET_CHECKPOINTS": str(CHECKPOINTS), **HIDE_GPUS}
     # Ray's processes inherit the mask. A signal to the process group then reaches only this
     # process, which ends them in its own time. Ray itself protects them from Ctrl-C.
     is_posix = os.name == "posix"
@@ -65,7 +66,7 @@ def ray_started(search: Search) -> Iterator[None]:
             include_dashboard=False,
             log_to_driver=False,
             logging_level="CRITICAL",
-            runtime_env={"env_vars": {"PYTHONPATH": path, "TPSNET_CHECKPOINTS": str(CHECKPOINTS)}},
+            runtime_env={"env_vars": of_workers},
         )
     except Exception as error:  # Ray raises plain ones, too
         if not search.address:
@@ -83,7 +84,7 @@ def ray_started(search: Search) -> Iterator[None]:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
         record_memory_kills_as_failures()
-        check_workers()
+        check_workers(search.address)
         yield
     finally:
         ray.shutdown()
@@ -99,38 +100,6 @@ def set_environment(address: str) -> None:
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), LISTEN: "0"}
         for name, value in token.items():
             os.environ.setdefault(name, value)
-
-
-def usable_cpus(root: Path = Path("/")) -> int:
-    """How many CPUs this process may use; Ray counts all CPUs of the machine.
-
-    They are limited by the affinity, the quota of a container or a user, and the SLURM job.
-    """
-    limits = [joblib.cpu_count(), *cgroup_quotas(root)]
-    allocated = os.environ.get("SLURM_CPUS_ON_NODE", "")
-    if allocated.isdecimal():
-        limits.append(int(allocated))
-    return max(1, min(limits))
-
-
-def cgroup_quotas(root: Path) -> list[int]:
-    """The CPU quotas of this process's control group (version 2) and of those above it.
-
-    joblib reads only the outermost one, which is that of a container.
-    """
-    quotas = []
-    with contextlib.suppress(OSError):  # not on Linux
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
-            hierarchy, _, name = line.split(":", 2)
-            if hierarchy != "0":  # of version 1
-                continue
-            group = PurePosixPath(name)
-            for folder in (group, *group.parents):
-                path = root / "sys/fs/cgroup" / folder.relative_to("/") / "cpu.max"
-                with contextlib.suppress(OSError, ValueError):  # no such file, or no limit: "max"
-                    quota, period = map(int, path.read_text().split())
-                    quotas.append(math.ceil(quota / period))
-    return quotas
 
 
 def check_address(address: str) -> None:
@@ -155,7 +124,7 @@ def machines() -> list[dict]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def check_workers() -> None:
+def check_workers(address: str) -> None:
     """Raise InputError if a machine cannot run trials; Ray would retry forever without a word."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -174,9 +143,12 @@ def check_workers() -> None:
         if not all(ray.get(answers, timeout=WORKER_TIMEOUT)):
             raise InputError(f"address: {folder} is missing on a machine of the cluster; mount it")
     except ray.exceptions.RayError as error:
+        field = "address" if address else "ray"
+        logs = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray/session_latest/logs")
         raise InputError(
-            f"address: no worker process of Ray started within {WORKER_TIMEOUT} seconds"
-            f" ({first_line(getattr(error, 'cause', error))}); see /tmp/ray/session_latest/logs"
+            f"{field}: no worker process of Ray started within {WORKER_TIMEOUT} seconds"
+            f" ({first_line(getattr(error, 'cause', error))}); see {logs}, or try again when the"
+            " machine is less busy"
         ) from None
 
 

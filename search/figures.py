@@ -60,7 +60,7 @@ def effects(
     rows: list[dict[str, object]],
     directory: str | Path,
     caption: str,
-    max_params: int = MAX_PARAMS,
+    max_params: int | None = MAX_PARAMS,
 ) -> list[Path]:
     """Draw the five EFFECTS from the rows of a trials.csv; returns their paths.
 
@@ -69,7 +69,7 @@ def effects(
 
     Args:
         caption: how the trials were trained.
-        max_params: the budget of the search.
+        max_params: the budget of the search; None where `largest_depth` does not know its networks.
     """
     rows = [with_derived(row) for row in rows if row["early_accuracy"] is not None]
     same_accuracy = len({row["early_accuracy"] for row in rows}) == 1
@@ -121,7 +121,7 @@ def with_derived(row: dict[str, object]) -> dict[str, object]:
 
 
 def blocks_and_channels(
-    rows: list[dict[str, object]], path: str | Path, caption: str, max_params: int
+    rows: list[dict[str, object]], path: str | Path, caption: str, max_params: int | None
 ) -> None:
     """Plot accuracy over C1 and blocks per stage, with the budget; a panel per num_stages.
 
@@ -138,7 +138,7 @@ def blocks_and_channels(
         figure.subplots(1, len(stages), sharey=True, squeeze=False)[0], stages, strict=True
     ):
         for width, style, marker in zip(widths, cycle(LINES), cycle(MARKERS), strict=False):
-            if width:
+            if width and max_params:
                 depth = np.array([largest_depth(n, number, width, max_params) for n in c1])
                 axes.plot(
                     c1[depth >= 1], depth[depth >= 1], style, color=GREY, linewidth=1,
@@ -167,7 +167,10 @@ def blocks_and_channels(
 
 
 def largest_depth(c1: int, num_stages: int, width: int, max_params: int) -> float:
-    """The blocks per stage, not rounded, at which a network of 3x3 blocks reaches the budget."""
+    """The blocks per stage, not rounded, at which a network of 3x3 blocks reaches the budget.
+
+    With a plain stem, and strides.
+    """
     pool_kernel = feature_size(Architecture((1,) * num_stages))
     one, two = (
         num_parameters(Architecture((n,) * num_stages, int(c1), width, pool_kernel=pool_kernel))

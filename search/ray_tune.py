@@ -71,6 +71,7 @@ def run_trial(trial: dict[str, int], trials: Trials, root: str, data: Dataset) -
             row = trials.draw(number)
         row |= {"status": "running", "error": None}
         trials.write(row)
+        (folder / "error.txt").unlink(missing_ok=True)
         tune.report({"epoch": 0, "row": row})
         train_trial(row, trials, data)
         trials.write(row)

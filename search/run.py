@@ -218,7 +218,11 @@ def finish(trials: Trials, received: int) -> None:
             f"best: trial {best['trial']}, {best[METRIC]:.2f}% of {search.val_size:,} validation"
             f" images after {best['epochs']} epochs, {best['num_params']:,} parameters"
         )
-        long, options = with_epochs(trials.config(best), LONG), f"--epochs {LONG}"
+        long, options = trials.config(best), f"--epochs {LONG}"
+        if "warmup_epochs" not in trials.space:  # that of the trials was rounded up
+            preset = PRESETS[trials.preset]
+            long = replace(long, epochs=preset.epochs, warmup_epochs=preset.warmup_epochs)
+        long = with_epochs(long, LONG)
         if long.warmup_epochs:
             options += f" --warmup-epochs {long.warmup_epochs}"
         if long.schedule == "cosine_restarts":
@@ -228,5 +232,7 @@ def finish(trials: Trials, received: int) -> None:
     drawn = sum(row["early_accuracy"] is not None for row in rows)
     epochs = "1 epoch" if search.grace_epochs == 1 else f"{search.grace_epochs} epochs"
     caption = f"{drawn} trials, {epochs}{images}"
-    if not figures.effects(rows, trials.path, caption, search.max_params):
+    is_plain = (trials.base.stem, trials.base.downsample) == ("conv", "stride")
+    budget = search.max_params if is_plain else None
+    if not figures.effects(rows, trials.path, caption, budget):
         print(f"no figures: at least {figures.MIN_TRIALS} trials with different accuracies needed")

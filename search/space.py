@@ -17,7 +17,7 @@ import torch
 from config import PRESETS, Config, check_config
 from data import class_names_of
 from engine.folders import count_pictures
-from model import MAX_PARAMS, ResNet, count_macs, feature_size, num_parameters
+from model import MAX_PARAMS, WHITENING_C1, ResNet, count_macs, feature_size, num_parameters
 from utils import InputError, Range, check_fields, check_integer, derive_seed, first_line
 
 
@@ -274,6 +274,8 @@ def draw_sample(
         InputError: MAX_REJECTED samples in a row were rejected.
     """
     seed = derive_seed("search", search.seed, number)
+    if base.stem == "whitening" and WHITENING_C1 in space.get("c1", ()) and "stem" not in space:
+        space = space | {"c1": (WHITENING_C1,)}  # or nearly all samples would be rejected
     if search.algorithm == "optuna":
         samples = tpe_samples(space, seed, tried)
     else:

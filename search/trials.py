@@ -68,7 +68,8 @@ class Trials:
     """The trials 1 to `num_samples` of a search; `rows` has those that have begun, by number."""
 
     def __init__(self, search: Search, preset: str, space: Space) -> None:
-        self.search, self.space, self.base = search, space, base_config(search, preset)
+        self.search, self.space, self.preset = search, space, preset
+        self.base = base_config(search, preset)
         self.path, self.numbers = CHECKPOINTS / search.name, range(1, search.num_samples + 1)
         self.rows: dict[int, Row] = {}
         self.constants = [name for name in PER_STAGE if name in space] + ["pool_kernel", "c1"]

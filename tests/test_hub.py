@@ -95,6 +95,14 @@ def test_entry_without_pretrained_is_the_same_architecture_with_other_weights():
     assert "accuracy" not in new.info
 
 
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_network_comes_on_the_cpu_whatever_the_default_device_is(pretrained):
+    with torch.device("meta"):
+        network = hubconf.tiny(pretrained)
+    tensors = [*network.state_dict().values(), *network.normalize.buffers()]
+    assert {tensor.device.type for tensor in tensors} == {"cpu"}
+
+
 def test_every_released_network_has_an_entry_and_nothing_else_is_one():
     public = [name for name, value in vars(hubconf).items() if callable(value) and name[0] != "_"]
     assert sorted(public) == RELEASED

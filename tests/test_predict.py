@@ -511,6 +511,27 @@ def test_classify_gives_the_probabilities_of_predict_for_files_and_opened_pictur
     assert predict.classify([], "warm.safetensors") == []
 
 
+def test_classify_is_not_changed_by_the_defaults_of_the_program(checkpoint):
+    Image.fromarray(PHOTO).save("a.png")
+    expected = predict.classify(["a.png"], checkpoint)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = predict.classify(["a.png"], checkpoint)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found == expected
+
+
+def test_classify_answers_for_itself_in_one_of_several_processes(checkpoint, monkeypatch):
+    Image.fromarray(PHOTO).save("a.png")
+    expected = predict.classify(["a.png"], checkpoint)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    assert predict.classify(["a.png"], checkpoint) == expected
+
+
 @pytest.mark.parametrize(
     ("images", "words"),
     [

@@ -254,6 +254,14 @@ def test_a_trial_is_a_function_of_the_seed_and_its_number(algorithm):
     assert other.draw(1)["lr"] != rows[0]["lr"]
 
 
+def test_searches_with_a_whitening_stem_find_networks_within_narrow_limits():
+    limits = {"min_params": 1_000_000, "max_params": 1_100_000}
+    trials = make_trials(SPACE, "small", **limits)
+    for number in range(1, 4):
+        row = trials.draw(number)
+        assert (row["c1"], row["rejected"] < 1000) == (24, True)
+
+
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "demo"])
 def test_every_preset_can_be_searched_from(preset):
     make_pictures("photos", cat=2, dog=2)  # of `mine`
@@ -352,16 +360,19 @@ def test_no_row_is_lost_or_changed_by_random_damage():
     assert damage_rounds(20) == {"nothing lost": 20}
 
 
-def test_the_best_trial_is_the_most_accurate_one_that_did_not_fail(capsys):
+@pytest.mark.parametrize(("drawn", "warmup_epochs"), [({}, 45), ({"warmup_epochs": (1,)}, 150)])
+def test_the_best_trial_is_the_most_accurate_one_that_did_not_fail(drawn, warmup_epochs, capsys):
+    """To be trained with the preset's warm-up, in proportion, or the one that was drawn."""
     trials = make_search(("finished", "diverged", "stopped", "failed"))
     assert trials.best()["trial"] == 3
-    trials.base = replace(trials.base, warmup_epochs=1)
+    trials.base = replace(trials.base, warmup_epochs=1)  # of two epochs
+    trials.preset, trials.space = "best", trials.space | drawn
     finish(trials, 0)
     printed = capsys.readouterr().out
     assert "best: trial 3, 30.38% of 200" in printed
     assert "3 trials are left" in printed
     command = "next: python train.py --config checkpoints/damaged/best.json --epochs 300"
-    assert f"{command} --warmup-epochs 150\n" in printed  # one of two epochs
+    assert f"{command} --warmup-epochs {warmup_epochs}\n" in printed
     config = load_config("checkpoints/damaged/best.json")
     assert (config.name, config.val_size, config.lr) == ("damaged-best", 0, trials.rows[3]["lr"])
 

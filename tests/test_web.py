@@ -354,7 +354,7 @@ def test_works_offline_after_the_first_visit(browser, tmp_path):
             page.goto(address.replace("127.0.0.1", name))
             page.evaluate("tpsnet.ready")
             assert not page.evaluate("navigator.serviceWorker.getRegistrations()")
-        page.goto(address.replace("127.0.0.1", "app.localhost"))
+        page.goto(address.replace("127.0.0.1", "app.localhost") + "?from=mail")
         page.evaluate("navigator.serviceWorker.ready.then(() => {})")
     page.reload()  # the server has gone
     check_answer(page, encode(noise(64, 48)))

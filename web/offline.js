@@ -12,7 +12,7 @@ addEventListener("fetch", (event) =>
         if (response.ok) event.waitUntil(renew(event.request, response.clone()));
         return response;
       },
-      async () => (await caches.match(event.request)) ?? Response.error(),
+      async () => (await caches.match(event.request, { ignoreSearch: true })) ?? Response.error(),
     ),
   ),
 );
