@@ -512,7 +512,7 @@ def parse(args: list[str], preset: str, path: str) -> tuple[str, str, Config]:
     if parsed.network.channels and "width" in given:
         raise InputError(
             f"width: {parsed.network.width} beside channels, which replace it; leave one of the two"
-            " out (an empty --channels leaves out a file's)"
+            " out; --channels without a value drops those of --config"
         )
     if "num_classes" in given:
         raise InputError("num_classes: follows from the data; leave --num-classes out")

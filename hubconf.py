@@ -57,8 +57,8 @@ def _load(name: str, pretrained: bool) -> _nn.Module:
     path = _FOLDER / "checkpoints" / f"{name}.safetensors"
     model, info = modules["engine.checkpoint"].load_model(path)
     if not pretrained:
-        with _device("cpu"):  # whatever default the user's program has set
-            model = modules["model"].ResNet(model.architecture).eval()
+        with _device("cpu"):  # and .float(), whatever defaults the user's program has set
+            model = modules["model"].ResNet(model.architecture).float().eval()
         info = {key: info[key] for key in ("architecture", "class_names", "mean", "std")}
     model.info = info
     # As a plain attribute: `model.children()` and the state stay those of the network.

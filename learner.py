@@ -150,7 +150,8 @@ class Proxy:
 
     def __init__(self, config: Config, data: Dataset, device: torch.device) -> None:
         narrow = replace(config, width=1, channels=(), ema_decay=0.0)
-        if num_parameters(narrow) >= num_parameters(config):
+        # A proxy costs about 1.5 forward passes of every batch; training on the kept images, three.
+        if config.keep_fraction >= 0.5 and num_parameters(narrow) >= num_parameters(config):
             warn(
                 f"keep_fraction: {config.keep_fraction} saves no time, since the proxy, of width 1,"
                 " is no smaller than this network; 1 trains on all images"

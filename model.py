@@ -74,7 +74,7 @@ class Architecture:
     downsample: Literal["stride", "pool"] = "stride"
     """Halve the resolution by a stride, or begin every stage with a convolution and max pooling."""
     num_classes: Annotated[int, Range(2, 100_000)] = 10
-    """Classes: those of the data, so `train.py` refuses another number."""
+    """Classes: those of the data; train.py refuses this option."""
 
 
 class BasicBlock(nn.Module):

@@ -217,7 +217,7 @@ def load_state(path: Path) -> tuple[dict[str, object], bool]:
 
     Raises:
         InputError: both files are missing, damaged, or hold more than tensors and plain values; or
-            one cannot be read.
+            one cannot be read, by an OSError.
     """
     for file in (path, path.with_name(PREVIOUS)):
         try:
@@ -228,7 +228,7 @@ def load_state(path: Path) -> tuple[dict[str, object], bool]:
             raise InputError(
                 f"resume: {file} cannot be read ({error.strerror}); change that, or train under"
                 " another --name"
-            ) from None
+            ) from error
     problem = "is damaged" if path.exists() else "is missing"
     raise InputError(
         f"resume: {path} {problem} or was not written by train.py, and there is no sound"

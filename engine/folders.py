@@ -39,7 +39,7 @@ def find_splits(data_dir: Path) -> tuple[Path, Path | None]:
             )
     tests = [name for name in ("test", "val") if name in names]
     others = [name for name in names if name not in ("train", "test", "val")]
-    unused = tests and all(name.lower() in TESTS for name in others)
+    unused = tests and all(name.lower() in ("val", "valid", "validation") for name in others)
     if "train" in names and (not others or unused):
         return data_dir / "train", data_dir / tests[0] if tests else None
     if "train" in names and tests:
@@ -59,7 +59,8 @@ def find_splits(data_dir: Path) -> tuple[Path, Path | None]:
             f" folder named train, or move {tests[0]} out of there"
         )
     for name in names:  # "train" may be a class beside others
-        if name.lower() in SPLITS and not pictures_in(data_dir / name):
+        folder = data_dir / name
+        if name.lower() in SPLITS and folders_in(folder) and not pictures_in(folder):
             other = next(other for other in names if other != name)
             raise InputError(
                 f"data_dir: {data_dir} holds {other} beside {name}, whose pictures are in folders;"
@@ -70,15 +71,11 @@ def find_splits(data_dir: Path) -> tuple[Path, Path | None]:
 
 
 def holds_classes(data_dir: Path) -> bool:
-    """True if `data_dir` is likely meant to be trained on: each of its class folders has pictures.
-
-    Raises:
-        OSError: a class folder cannot be read.
-    """
+    """True if each class folder in `data_dir` has pictures, so that it is likely a data set."""
     try:
         folder, _ = find_splits(data_dir)
         return all(pictures_in(folder / name) for name in class_names(folder))
-    except InputError:
+    except (InputError, OSError):  # one cannot be read, such as lost+found
         return False
 
 

@@ -128,7 +128,8 @@ class Teacher(NamedNetwork):
             check_writable("data_dir", self.folder)
         except InputError as error:
             raise InputError(
-                f"{error}, or use --teacher-views 0: the teacher's answers are kept beside the data"
+                f"{error}, or start a run with --teacher-views 0: the teacher's answers are kept"
+                " beside the data"
             ) from None
 
     def compute(self, view: int, after_batch: Callable[[], None]) -> Tensor:

@@ -144,11 +144,10 @@ def check_workers(address: str) -> None:
             raise InputError(f"address: {folder} is missing on a machine of the cluster; mount it")
     except ray.exceptions.RayError as error:
         field = "address" if address else "ray"
-        logs = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray/session_latest/logs")
         raise InputError(
             f"{field}: no worker process of Ray started within {WORKER_TIMEOUT} seconds"
-            f" ({first_line(getattr(error, 'cause', error))}); see {logs}, or try again when the"
-            " machine is less busy"
+            f" ({first_line(getattr(error, 'cause', error))}); try again when the machine is less"
+            " busy, or see session_latest/logs in /tmp/ray, or in ray in RAY_TMPDIR or TMPDIR"
         ) from None
 
 

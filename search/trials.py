@@ -177,13 +177,19 @@ class Trials:
         return {number for number, row in self.rows.items() if row["status"] in ENDED}
 
     def remove_unless_resumable(self, number: int) -> None:
-        """Remove the folder of a trial, with a warning, if the trial cannot continue from it."""
+        """Remove the folder of a trial, with a warning, if the trial cannot continue from it.
+
+        Raises:
+            InputError: its state cannot be read, though it may be sound.
+        """
         folder = self.folder(number)
         if not folder.exists():
             return
         try:
             Run(replace(self.config(self.read(number)), resume=True))
         except InputError as error:
+            if isinstance(error.__cause__, OSError):
+                raise
             if any(path.suffix in (".json", ".pt") for path in folder.iterdir()):  # it had begun
                 utils.warn(f"trial {number} is trained again: {first_line(error)}")
             shutil.rmtree(folder)

@@ -203,6 +203,15 @@ BAD_FOLDERS = {  # what is there: pictures of each class below photos/, or anoth
         {"train/a": 2, "test/a": 2, "more": 2},
         "photos holds more beside train and test; move it into train, or out of there",
     ),
+    "two test folders": (
+        {"train/a": 2, "val/a": 2, "Test/a": 2},
+        "photos holds Test beside train and val; move it into train, or out of there",
+    ),
+    "an empty class": (
+        {"train": 0, "plane": 2},
+        "photos/train holds no picture that can be read; put at least 2 there, or remove the"
+        " folder",
+    ),
     "beside a train folder": (
         {"train/cat": 2, "train/dog": 2, "dev/cat": 2, "dev/dog": 2},
         "photos holds dev beside train, whose pictures are in folders; name dev test, or move it"

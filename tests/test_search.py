@@ -356,6 +356,14 @@ def test_a_damaged_trial_is_trained_again_and_a_line_names_it(damaged, capsys):
     assert resumed.draw(2)["sample"] == before["sample"]
 
 
+def test_a_trial_whose_state_cannot_be_read_is_kept():
+    trials = make_search(("interrupted",))
+    (trials.folder(1) / "last.pt").mkdir()  # as a file that another program has locked, on Windows
+    with pytest.raises(InputError, match=r"^resume: .*last.pt cannot be read"):
+        trials.remove_unless_resumable(1)
+    assert trials.folder(1).exists()
+
+
 def test_no_row_is_lost_or_changed_by_random_damage():
     assert damage_rounds(20) == {"nothing lost": 20}
 

@@ -19,5 +19,6 @@ addEventListener("fetch", (event) =>
 
 async function renew(request, response) {
   const cache = await caches.open("tpsnet");
-  if (await cache.match(request)) await cache.put(request, response);
+  const [kept] = await cache.keys(request, { ignoreSearch: true });
+  if (kept) await cache.put(kept, response);
 }
