@@ -19,7 +19,8 @@ from utils import IMAGE_SIZE, InputError, warn
 
 MAX_CLASSES = 1000
 CHUNK = 500  # pictures that are given to the threads at once
-TESTS = {"test", "testing", "val", "valid", "validation"}  # no classes
+VALIDATIONS = {"val", "valid", "validation"}
+TESTS = {"test", "testing"} | VALIDATIONS  # no classes
 SPLITS = {"train", "training"} | TESTS
 LAYOUT = "a folder of pictures for each class"
 
@@ -39,7 +40,7 @@ def find_splits(data_dir: Path) -> tuple[Path, Path | None]:
             )
     tests = [name for name in ("test", "val") if name in names]
     others = [name for name in names if name not in ("train", "test", "val")]
-    unused = tests and all(name.lower() in ("val", "valid", "validation") for name in others)
+    unused = tests and all(name.lower() in VALIDATIONS for name in others)
     if "train" in names and (not others or unused):
         return data_dir / "train", data_dir / tests[0] if tests else None
     if "train" in names and tests:

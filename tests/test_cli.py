@@ -548,7 +548,11 @@ def script(monkeypatch):
         (torch.OutOfMemoryError("CUDA out of memory.\nAnd more"), 2, "error: memory: CUDA"),
         (RuntimeError("MPS backend out of memory (MPS"), 2, "error: memory: MPS"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), 2, "error: memory: CUDA"),
-        (MemoryError(), 2, "error: memory: MemoryError; free some, or give train.py or predict"),
+        (
+            MemoryError(),
+            2,
+            "error: memory: MemoryError; free some, or give train.py or predict.py a smaller",
+        ),
         (ModuleNotFoundError("no", name="tyro"), 2, "error: tyro: not installed; run `pip install"),
         (ModuleNotFoundError("no", name="ray.tune"), 2, "error: ray: not installed"),
         (OSError(28, "No space left"), 2, "error: stdout: cannot be written (No space left); make"),

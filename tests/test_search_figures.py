@@ -65,6 +65,8 @@ def test_other_constants_that_are_drawn_are_shown_too(tmp_path):
     logarithmic = {n: is_logarithmic(n, [row[n] for row in rows]) for n in names}
     assert logarithmic == {"weight_decay": True, "momentum": False}
     choices(rows, tmp_path / "choices.png", "12 trials")
+    drops, _ = permutation_importance(rows, names)
+    assert drops.shape == (10, 2)
 
 
 @pytest.mark.parametrize(

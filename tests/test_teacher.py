@@ -373,7 +373,8 @@ def test_teacher_is_named_as_a_run_is():
 def test_answers_that_cannot_be_written_are_not_computed():
     computed = []
     Path("data").touch()
-    with pytest.raises(InputError, match=r"^data_dir: .*data is no .* --teacher-views 0"):
+    words = r"^data_dir: .*data is no folder that can be written to; .* --teacher-views 0"
+    with pytest.raises(InputError, match=words):
         teacher_of(replace(VIEWED, teacher_views=1)).kept(1, lambda: computed.append(1))
     assert not computed
 
