@@ -378,14 +378,14 @@ def load_cifar(name: str, data_dir: Path, download: bool, test: bool) -> Dataset
 
 def load_unpacked(name: str, data_dir: Path, test: bool) -> Dataset | None:
     """Load the unpacked files in `data_dir`; None if none are there that could be loaded."""
-    from torchvision.datasets import utils
-
     release = RELEASES[name]
     for folder in places(data_dir, release.binary_folder):
         if any(is_there(folder / file) for file in release.binary_files):
             try:
                 return load_binary(name, folder, test)
             except InputError:  # an unpacking that was killed is done again
+                from torchvision.datasets import utils  # takes seconds to import
+
                 archive = data_dir / release.binary_archive
                 if not utils.check_integrity(archive, release.binary_md5):
                     raise

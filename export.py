@@ -110,12 +110,10 @@ def export(
 
     Args:
         checkpoint: A file, a network's name, or a folder: its newest run, else a released network.
-        format: ONNX or ExecuTorch (pte), in float32 or int8; by default all that are installed. Or
-            a page that runs the network in the browser, by ONNX in int8.
+        format: ONNX or ExecuTorch (pte), by default all that are installed; or a page for browsers.
         out: Folder for the files; all but those of a page are named after the network.
         limit: Check on this many test images only; 0 for all.
-        max_drop: Points of accuracy that a format may lose; one that loses more, and more than one
-            image, is not written.
+        max_drop: Points of accuracy that a format may lose; one image is always allowed.
         examples: Test pictures to publish with the page, up to 10.
         data_dir: Folder of the data; by default `data`, or where your own pictures were.
         download: Download CIFAR if it is not in data_dir.

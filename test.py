@@ -68,8 +68,7 @@ def test(
     Args:
         checkpoint: A file, a network's name, or a folder: its newest run, else a released network.
         tta: Also test with test-time augmentation: average the logits with the flipped view's.
-        compare: Another checkpoint: do the two differ by more than chance? If both names stand for
-            several runs, NAME-0, NAME-1, ..., the means of their accuracies are compared.
+        compare: Another checkpoint, or NAME of NAME-0, NAME-1, ...: do they differ beyond chance?
         json: Also write the result to this file.
         data_dir: Folder of the data; by default `data`, or where your own pictures were.
         download: Download CIFAR if it is not in data_dir.

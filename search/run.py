@@ -41,9 +41,9 @@ def main(args: list[str], space: Space = SPACE) -> None:
     search = tyro.cli(
         Search,
         args=plain_arguments(args, Search),
-        prog=f"python -m search [{'|'.join(PRESETS)}]",
-        description="Search for a network. Constants that are not in SPACE (search/space.py) are"
-        " those of the preset.",
+        prog="python -m search [PRESET]",
+        description="Search for a network. Constants that are not in SPACE (search/space.py) are\n"
+        f"  those of PRESET, by default tpsnet.\n  Presets: {', '.join(PRESETS)}",
     )
     if search.resume:
         given, (preset, search) = preset, load_search(search, space, named_options(args))
