@@ -1,7 +1,7 @@
 """Augmentation: AutoAugment, TrivialAugment, random crop, rotation, flip and Cutout; and mixing.
 
-All but the mixing, which is drawn for a batch, is drawn for each image. Every draw is a pure
-function of the configuration, the epoch and the order of the images; the mixing's, of the step too.
+Mixing is drawn once for a batch, all else for each image. Every draw is a pure function of the
+configuration, the epoch and the order of the images; that of mixing, of the step too.
 """
 
 import math

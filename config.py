@@ -139,7 +139,7 @@ class Execution:
     save_minutes: Annotated[float, Range(0, 1e6)] = 5.0
     """Minutes between saves within an epoch; 0 saves after every step."""
     compile: bool = False
-    """Use torch.compile, which rounds differently: faster with AMX, but for `fast` and `small`."""
+    """Use torch.compile, which rounds differently: faster with AMX, but not `fast` and `small`."""
     data_dir: str = "data"
     """Folder of CIFAR, or of the class folders of your own pictures."""
     download: bool = True
@@ -394,20 +394,20 @@ def check_resumable(config: Config, stored: dict[str, object], folder: Path) -> 
         name, new = constant.name, getattr(config, constant.name)
         # A constant that is not stored is newer than the run; its default changes nothing.
         old = stored.get(name, constant.default)
+        if new == old or (name == "epochs" and new > old):
+            continue
         if name in ("init", "teacher") and old and new:  # the state has their weights' hash
             continue
-        longer = name == "epochs" and new > old
-        if old != new and name == "num_classes":  # follows from the data
+        if name == "num_classes":  # follows from the data
             raise InputError(
                 f"data_dir: {new:,} classes, but the run in {folder} was started with {old:,}; give"
                 " it the same data, or another --name"
             )
-        if old != new and not longer:
-            more = " or more" if name == "epochs" else ""
-            raise InputError(
-                f"{name}: {new!r}, but the run in {folder} was started with {reprlib.repr(old)};"
-                f" give that{more}, or another --name"
-            )
+        more = " or more" if name == "epochs" else ""
+        raise InputError(
+            f"{name}: {new!r}, but the run in {folder} was started with {reprlib.repr(old)};"
+            f" give that{more}, or another --name"
+        )
 
 
 # ---------------------------------------------------------------- JSON
@@ -507,7 +507,7 @@ def parse(args: list[str], preset: str, path: str) -> tuple[str, str, Config]:
         config=(tyro.conf.OmitArgPrefixes,),
     )
     groups = (parsed.network, parsed.data, parsed.optimization, parsed.arithmetic, parsed.run)
-    constants = {k: getattr(g, k) for g in groups for k in asdict(g)}
+    constants = {k: v for group in groups for k, v in vars(group).items()}
     given = named_options(args)
     if parsed.network.channels and "width" in given:
         raise InputError(

@@ -122,7 +122,7 @@ Answers = Callable[[Tensor, Tensor], Tensor]  # augmented images and indices to 
 
 @dataclass(frozen=True)
 class Split:
-    """Labelled images."""
+    """Labeled images."""
 
     images: Tensor  # (N, 3, 32, 32) uint8
     labels: Tensor  # (N,) int64
@@ -205,13 +205,17 @@ def train_batches(
     """
     num_images, device = len(data.train), data.train.labels.device
     labels = soft_labels(data.train.labels, config)
-    augmented_images = augmented(data, config, epoch)
-    order = epoch_order(config, num_images, epoch).to(device)
+    views = augment.apply_policy(config, data.train.images, view_of(config, epoch))  # all at once
+    order = epoch_order(config, num_images, epoch)
+    # The draws of an epoch go to the device at once, so that no step waits for a transfer.
+    order, *draws = (values.to(device) for values in (order, *augment.draw(config, order, epoch)))
     for step in range(first_step, steps_per_epoch(config, num_images)):
         start = step * config.batch_size
         stop = min(start + config.batch_size, num_images)
-        chosen = order[start + rank() : stop : num_processes()]
-        images = augmented_images(chosen)
+        share = slice(start + rank(), stop, num_processes())
+        chosen = order[share]
+        drawn = [values[share] for values in draws]
+        images = augment.apply(config, views[chosen], drawn, data.normalize)
         targets = answers(images, chosen) if answers else labels[chosen]
         images = augment.shrink(config, images, image_size(config, epoch))
         if config.mixing:
@@ -222,24 +226,6 @@ def train_batches(
 def epoch_order(config: Config, num_images: int, epoch: int) -> Tensor:
     """The indices of all training images in the order of an epoch (from 1), (N,)."""
     return torch.randperm(num_images, generator=generator("order", config.seed, epoch))
-
-
-def augmented(data: Dataset, config: Config, epoch: int) -> Callable[[Tensor], Tensor]:
-    """Augment the training images for an epoch (from 1).
-
-    Returns:
-        A function from the indices of images, (N,), to the augmented images, (N, 3, 32, 32),
-        normalized.
-    """
-    num_images, device = len(data.train), data.train.labels.device
-    images = augment.apply_policy(config, data.train.images, view_of(config, epoch))  # all at once
-    order = epoch_order(config, num_images, epoch)
-    place = order.argsort()  # of each image in the epoch
-    # The draws of an epoch go to the device at once, so that no step waits for a transfer.
-    draws = [drawn[place].to(device) for drawn in augment.draw(config, order, epoch)]
-    return lambda chosen: augment.apply(
-        config, images[chosen], [drawn[chosen] for drawn in draws], data.normalize
-    )
 
 
 def soft_labels(labels: Tensor, config: Config) -> Tensor:
@@ -423,7 +409,7 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
 
     new = [path for path in (folder, *folder.parents) if not is_there(path)]
     lock = filelock.FileLock(folder / "download.lock", fallback_to_soft=False)
-    with contextlib.suppress(OSError):  # what cannot be written says so in the block
+    with contextlib.suppress(OSError):  # the block reports what cannot be written
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(blocking=False)

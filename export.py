@@ -95,6 +95,17 @@ HEADER = (
 )
 
 
+@contextlib.contextmanager
+def threads_kept() -> Iterator[None]:
+    """Give PyTorch back its number of threads, which the timing sets to 1."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@threads_kept()
 def export(
     checkpoint: Path = CHECKPOINTS,
     /,
@@ -281,8 +292,7 @@ def quiet() -> Iterator[None]:
     os.dup2(nowhere, 2)
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         logging.disable(logging.NOTSET)

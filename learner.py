@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from config import Config, steps_per_epoch
 from data import Batch, Dataset
@@ -218,9 +218,11 @@ def make_model(config: Config, data: Dataset, device: torch.device) -> ResNet:
 
 
 def memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:
-    """Channels last, which is faster, except where oneDNN has a bug.
+    """Channels last, which is faster, except where PyTorch has a bug.
 
-    On CPUs with AVX2 alone, the gradient of a strided 1x1 convolution of fewer than 8 channels
+    On Apple's GPUs, the gradients of batch normalization are wrong in versions before 2.14, and
+    those of poolings can end the process (github.com/pytorch/pytorch/issues/175189 and 175190). On
+    CPUs with AVX2 alone, the gradient of a strided 1x1 convolution of fewer than 8 channels
     writes past the end of its memory (github.com/uxlfoundation/oneDNN/issues/6035).
     """
     fatal = any(
@@ -228,7 +230,8 @@ def memory_format(model: nn.Module, device: torch.device) -> torch.memory_format
         for conv in model.modules()
         if isinstance(conv, nn.Conv2d)
     )
-    return torch.contiguous_format if fatal and device.type == "cpu" else torch.channels_last
+    contiguous = device.type == "mps" or (fatal and device.type == "cpu")
+    return torch.contiguous_format if contiguous else torch.channels_last
 
 
 def check_compiler(device: torch.device) -> None:
@@ -259,16 +262,10 @@ def make_optimizers(
     if config.optimizer == "sgd":
         decayed = [p for p in parameters if config.decay_norms or p.ndim > 1]
         others = [p for p in parameters if not (config.decay_norms or p.ndim > 1)]
-        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others}]
-        return [
-            torch.optim.SGD(
-                [group for group in groups if group["params"]],
-                lr,
-                config.momentum,
-                nesterov=config.nesterov,
-                fused=True,
-            )
-        ]
+        groups = [{"params": decayed, "weight_decay": config.weight_decay}]
+        if others:
+            groups.append({"params": others})
+        return [torch.optim.SGD(groups, lr, config.momentum, nesterov=config.nesterov, fused=True)]
     filters = [p for p in parameters if p.ndim == 4]
     others = [p for p in parameters if p.ndim < 4]  # of batch normalization and the linear layer
     adam = torch.optim.Adam(others, adam_lr, ADAM_BETAS, fused=True, capturable=on_gpu)
@@ -316,9 +313,11 @@ def update_average(ema: AveragedModel, model: nn.Module, decay: float) -> None:
     """
     n = int(ema.n_averaged)  # which stays on the CPU
     kept = min(decay, (1 + n) / (10 + n)) if n else 0.0
-    average, current = ([*m.parameters(), *m.buffers()] for m in (ema.module, model))
-    pairs = [pair for pair in zip(average, current, strict=True) if pair[0].is_floating_point()]
-    torch._foreach_lerp_(*map(list, zip(*pairs, strict=True)), 1 - kept)
+    average, current = (
+        [t for t in (*m.parameters(), *m.buffers()) if t.is_floating_point()]
+        for m in (ema.module, model)
+    )
+    get_ema_multi_avg_fn(kept)(average, current, None)
     ema.n_averaged += 1
 
 

@@ -81,6 +81,8 @@ def predict(
     Raises:
         InputError: there is no such file, checkpoint or option; nothing was done.
     """
+    if isinstance(images, str | Path):
+        raise InputError(f"images: {str(images)!r} is one path; put it into a list")
     check_integer("batch_size", batch_size, 1, 100_000)
     check_output("json", json)
     check_output("csv", csv)
@@ -230,7 +232,7 @@ def find_pictures(arguments: tuple[str, ...]) -> list[str]:
             names = []
             for path in map(Path, found):
                 name = str(path) if str(path) != "-" else os.path.join(".", "-")  # noqa: PTH118
-                names += pictures_in(path) if path.is_dir() else [name]
+                names += pictures_below(path) if path.is_dir() else [name]
             if not names:
                 raise InputError(
                     f"images: {argument} holds no picture; name another folder, or files"
@@ -239,7 +241,7 @@ def find_pictures(arguments: tuple[str, ...]) -> list[str]:
     return files
 
 
-def pictures_in(folder: Path) -> list[str]:
+def pictures_below(folder: Path) -> list[str]:
     """List the pictures in and below `folder`, and warn about other files."""
     pictures, others = list_files(folder)
     if others:
@@ -259,7 +261,6 @@ def main(args: list[str]) -> None:
     import tyro
 
     warnings.filterwarnings("ignore", module="PIL")  # about oddities of a file
-    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     answers = tyro.cli(predict, args=plain_arguments(args, predict), prog="predict.py")
     if failures := sum(answer["error"] is not None for answer in answers):
         raise InputError(f"images: {failures:,} of {len(answers):,} could not be read")

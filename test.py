@@ -320,7 +320,8 @@ def compare_groups(names: list[Path], groups: list[list[Path]], json: str) -> di
     for name, found in zip(names, accuracies, strict=True):
         print(f"{shown(name)}, {len(found)} seeds: {kind} {summary(found)}")
     difference = statistics.mean(accuracies[0]) - statistics.mean(accuracies[1])
-    interval, told = difference_interval(*accuracies), "no interval, since no seeds differ"
+    interval = difference_interval(*accuracies)
+    told = "no interval, since the runs of each group are equal"
     if interval:
         told = "95% interval {:+.2f} to {:+.2f} (Welch's t)".format(*interval)
     print(f"{shown(names[0])} - {shown(names[1])}: {difference:+.2f} points; {told}")

@@ -43,9 +43,10 @@ def train(
 ) -> tuple[list[Row], Score | None]:
     """Train, save and test one network; returns the rows of its log and its score on the test set.
 
-    Runs on CUDA, MPS or the CPU, and data-parallel under torchrun. The last weights are tested,
-    once, at the end: the test set chooses nothing. However the process ends, `resume` continues
-    from the last saved step; on the CPU the result is the same, bit for bit.
+    Runs on CUDA, MPS or the CPU, and data-parallel under torchrun. The last weights, or their
+    average (`ema_decay`), are tested once, at the end: the test set chooses nothing. However the
+    process ends, `resume` continues from the last saved step; on the CPU the result is the same,
+    bit for bit.
 
     Args:
         data: the images, instead of loading them; without test images the score is None.

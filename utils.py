@@ -9,11 +9,12 @@ import json
 import os
 import platform
 import re
+import secrets
 import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -153,13 +154,16 @@ def atomic_path(path: str | Path, keep: Path | None = None) -> Iterator[Path]:
     path, folder = Path(path), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent)
-        temporary = Path(folder, path.name)
+        # Not mkdtemp: on Windows it tries two billion names where it may not write, and what is
+        # made in its folder stays closed to other users.
+        folder = path.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
+        folder.mkdir()
+        temporary = folder / path.name
         yield temporary
         flush_to_disk(temporary)
         if keep and path.exists():
-            path.replace(keep)
-        temporary.replace(path)
+            rename(path, keep)
+        rename(temporary, path)
         with contextlib.suppress(OSError):  # some network file systems refuse it
             flush_to_disk(path.parent)
     except OSError as error:
@@ -199,6 +203,21 @@ def check_writable(name: str, folder: Path) -> None:
     there = next(places, path)  # on Windows a whole drive may be missing
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise InputError(f"{name}: {there} is no folder that can be written to; name another place")
+
+
+def rename(path: Path, to: Path) -> None:
+    """Rename a file, in place of one that may be there.
+
+    On Windows, wait up to ten seconds for a program that has one of the two open: a virus scanner,
+    an indexer, a reader.
+    """
+    for delay in (0.05, 0.1, 0.2, 0.5, 1, 2, 3, 3) if sys.platform == "win32" else ():
+        try:
+            path.replace(to)
+            return
+        except PermissionError:
+            time.sleep(delay)
+    path.replace(to)
 
 
 def flush_to_disk(path: Path) -> None:

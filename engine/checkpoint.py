@@ -93,7 +93,9 @@ def load_model(path: str | Path) -> tuple[ResNet, dict[str, object]]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             texts = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Copies: Windows replaces no file that is mapped into memory, as that of a run that
+            # trains on must be.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         if os.path.lexists(path):  # safetensors raises the same without permission
             raise InputError(
@@ -129,7 +131,7 @@ def load_model(path: str | Path) -> tuple[ResNet, dict[str, object]]:
     return model.float().eval(), metadata
 
 
-def find_checkpoint(path: Path) -> Path:
+def find_checkpoint(path: str | Path) -> Path:
     """Return the model file that a path or a name stands for.
 
     A file stands for itself, a folder for its newest run, else for its first released network. What
@@ -139,6 +141,7 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         InputError: the folder has none, or no run in it has saved its network yet.
     """
+    path = Path(path)
     places = [path]
     if not path.is_file() and path.name not in ("", ".."):  # which are no names of networks
         folders = (Path(), CHECKPOINTS, RELEASED)
@@ -251,8 +254,7 @@ def read_state(path: Path) -> dict[str, object]:
         content, digest = content[:-32], content[-32:]
         if hashlib.sha256(content).digest() != digest:
             raise ValueError("its SHA-256 is another")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about foreign pickles, which are refused
+        with warnings.catch_warnings(action="ignore"):  # about foreign pickles, which are refused
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
             raise TypeError("it holds no dictionary")

@@ -26,13 +26,14 @@ PATIENCE = timedelta(hours=2)
 def init_processes(deterministic: bool = False) -> torch.device:
     """Choose the device of this process, and join the processes that torchrun started.
 
-    CUDA, else MPS, else the CPU; NCCL between CUDA devices, else Gloo. Float32 products and
-    convolutions may use TF32. Unless `deterministic`, cuDNN times its algorithms for each shape of
-    a batch (pytorch.org/docs/stable/notes/randomness.html).
+    CUDA, else MPS, else the CPU, which TPSNET_DEVICE=cpu chooses at once; NCCL between CUDA
+    devices, else Gloo. Float32 products and convolutions may use TF32. Unless `deterministic`,
+    cuDNN times its algorithms for each shape of a batch
+    (pytorch.org/docs/stable/notes/randomness.html).
 
     Raises:
-        InputError: a variable of torchrun is missing or no number, or there are more processes than
-            GPUs.
+        InputError: a variable of torchrun is missing or no number, there are more processes than
+            GPUs, or TPSNET_DEVICE is another one.
     """
     keep_freed_memory()
     # Only if it changes: the call loads PyTorch's compiler, which takes a second or two.
@@ -54,7 +55,12 @@ def init_processes(deterministic: bool = False) -> torch.device:
             raise InputError(
                 "MASTER_ADDR: missing in the environment; start several processes with torchrun"
             )
-    if torch.cuda.is_available():
+    wanted = os.environ.get("TPSNET_DEVICE", "")
+    if wanted not in ("", "cpu"):
+        raise InputError(f"TPSNET_DEVICE: {wanted!r} in the environment; use cpu, or unset it")
+    if wanted:
+        device = torch.device("cpu")
+    elif torch.cuda.is_available():
         processes = from_environment("LOCAL_WORLD_SIZE", str(local + 1))
         if processes > (found := torch.cuda.device_count()):
             raise InputError(

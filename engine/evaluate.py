@@ -35,7 +35,7 @@ def classify(
         model: a `ResNet`; evaluated in eval mode, then put back into its mode.
         images: (N, 3, 32, 32) uint8.
         flip_tta: average the logits with those of the mirrored images (test-time augmentation).
-        after_batch: called after each batch; an exception of it ends the evaluation.
+        after_batch: called after each batch; an exception that it raises ends the evaluation.
         shared: all processes classify these images together.
     """
     was_training = model.training
@@ -116,8 +116,8 @@ def half_width(*groups: list[float]) -> float | None:
     """Half of the 95% interval of a mean, or of the difference of the means of two groups.
 
     The degrees of freedom are Welch's (1947), since the groups' variances may differ; for one group
-    they are Student's n - 1. Every group needs two values. If those of each group are equal, as of
-    few test images they may be, they do not tell how much others would differ: None.
+    they are Student's n - 1. Every group needs two values. None if those of each group are equal,
+    as may happen with few test images: they give no estimate of the spread.
     """
     from scipy.stats import t as student_t  # here, because it takes most of a second to load
 

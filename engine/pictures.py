@@ -201,7 +201,7 @@ def largest_gray(file: Image.Image) -> int:
 
 @functools.cache
 def heic_support() -> bool:
-    """Let Pillow read iPhones' HEIC, by a library that is optional; False without it."""
+    """Teach Pillow to read iPhones' HEIC; False if the library for it is not installed."""
     with contextlib.suppress(ImportError):
         import pillow_heif
 

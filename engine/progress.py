@@ -1,4 +1,4 @@
-"""What a run shows: its plan, progress bar, estimated time, a line per epoch; Weights & Biases."""
+"""The output of a run: plan, progress bar, estimated time, a line per epoch; Weights & Biases."""
 
 import os
 import sys
@@ -228,6 +228,13 @@ class WandbRun:
         if self.run:
             sys.stdout.flush()  # the results come before the wait
             self._attempt(self._finish, summary, curves)
+            self.run = None
+
+    def close(self) -> None:
+        """End a run that stopped early, or the next one in this process would be logged to it."""
+        if self.run:
+            self._attempt(self.run.finish, exit_code=1)
+            self.run = None
 
     def _finish(self, summary: dict[str, float], curves: Path | None) -> None:
         import wandb

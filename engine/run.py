@@ -52,6 +52,7 @@ from utils import (
     library_versions,
     part_of,
     remove_temporaries,
+    rename,
     warn,
     write_csv,
     write_json,
@@ -187,6 +188,8 @@ class Run:
                 ) from None
             finally:
                 self.progress.close()
+                if self.wandb:
+                    self.wandb.close()
 
     def _restore(self) -> None:
         found = self._state and self._state["metrics"]
@@ -218,11 +221,11 @@ class Run:
         last, self._resumed = self.folder / "last.pt", self._state is not None
         self._state = None  # its memory is needed
         if is_main():
-            git_commit()  # is kept: the commit that the run starts with is recorded
+            git_commit()  # cached now: the commit that the run starts with is recorded
             if self._is_previous:  # or the next save would make the damaged one the previous one
                 problem = "is damaged" if last.exists() else "is missing"
                 warn(f"{last} {problem}; going on from {PREVIOUS}, the state that was saved before")
-                last.with_name(PREVIOUS).replace(last)
+                rename(last.with_name(PREVIOUS), last)
             position = str(self) if self.epoch or self.step else None
             device, start = self.data.train.labels.device, self._parts.get("start")
             print_plan(self.config, self.data, device, start, position)
@@ -326,6 +329,7 @@ class Run:
         if due or number:
             self._save()
             self._write_model()
+        if due or number or self.report:  # whoever gets the report may end the process
             self._write_log()
         if is_main():
             self.wandb.log(row)
@@ -386,7 +390,10 @@ class Run:
         """Remove a run's files `but` one, and the W&B logs of others than this run."""
         for name in reversed(RUN_FILES):
             if name != but:
-                (self.folder / name).unlink(missing_ok=True)
+                try:
+                    (self.folder / name).unlink(missing_ok=True)
+                except PermissionError as error:  # on Windows, if a spreadsheet has it open
+                    warn(f"{self.folder / name}: still that of the old run ({error.strerror})")
         logs = self.folder / "wandb"
         if not logs.is_symlink():
             for log in logs.glob("*run-*"):
@@ -404,7 +411,7 @@ class Run:
         """Write model.safetensors; the test result and the temperature are None until the end."""
         if not is_main():
             return
-        config, data, last = self.config, self.data, self.log[-1]
+        config, data, last, start = self.config, self.data, self.log[-1], self._parts.get("start")
         same = (n for n, preset in PRESETS.items() if same_network(preset, config))
         data_dir = str(Path(config.data_dir).expanduser().absolute())
         accuracy = {  # percent
@@ -422,7 +429,7 @@ class Run:
             "seed": config.seed,
             "data_fingerprint": data.fingerprint,
             "teacher_sha256": self._parts["teacher"].sha256 if config.teacher else None,
-            **({"init": self._parts["start"].described} if config.init else {}),
+            **({"init": {"name": start.name, "sha256": start.sha256}} if start else {}),
             "unofficial_data_files": data.unofficial,
             **self._origin(),
             "config": record(config),
@@ -447,19 +454,20 @@ class Run:
         return origin
 
     def _is_due(self, seconds: float = math.inf) -> bool:
-        """True if `save_minutes`, or so many seconds, have passed since the last save."""
+        """True if `save_minutes`, or `seconds` if that is less, have passed since the last save."""
         seconds = min(seconds, 60 * self.config.save_minutes)
         return time.monotonic() - self._saved_at >= seconds
 
     def _end_if_asked(self, number: int) -> None:
         """Raise StoppedError if `number` is that of a signal; 0 is none."""
-        remedy = how_to_go_on(self.config)
-        if number and not self._has_state:
+        if not number:
+            return
+        where, remedy = f"after {self}, saved in {self.folder}", how_to_go_on(self.config)
+        if not self._has_state:
+            where = "before the first step"
             if self._stamp:  # --resume would go on with the old run, which is left
                 remedy = "the same command starts it again"
-            end_by_signal(number, f"before the first step; {remedy}")
-        if number:
-            end_by_signal(number, f"after {self}, saved in {self.folder}; {remedy}")
+        end_by_signal(number, f"{where}; {remedy}")
 
     def stop_if_asked(self) -> None:
         """Save and end if a signal asked to, between two batches of an evaluation or a teacher.

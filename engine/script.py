@@ -43,6 +43,7 @@ def run_script(script: str | Callable[[list[str]], None]) -> None:
         Path.home()
     except RuntimeError:  # no HOME, and a user that the system does not know
         os.environ["HOME"] = "/"  # as in Docker; Ray and W&B do not load without one
+    os.environ["MPLBACKEND"] = "agg"  # that of a notebook may be missing here; no window is opened
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # silent where it cannot write a cache
     # While libraries load, Ctrl-C ends the process at once: some print tracebacks when interrupted.
     handler = signal.getsignal(signal.SIGINT)
@@ -92,7 +93,9 @@ def run_script(script: str | Callable[[list[str]], None]) -> None:
         sys.exit(130)
     except OSError as error:  # of stdout: a full disk, or `head` that has ended; seldom another
         # Otherwise Python tries to write the rest again when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not error.filename:
+            with contextlib.suppress(OSError):  # a notebook's stdout may have no number
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             sys.exit(128 + 13)  # SIGPIPE
         if error.errno in (errno.ENOSPC, errno.EDQUOT) and not error.filename:
@@ -224,11 +227,9 @@ class StopSignals:
         self._replaced.append(handlers)
         if threading.current_thread() is not threading.main_thread():
             return self  # Python delivers signals to the main thread alone
-        for number in (getattr(signal, name) for name in self.NAMES if hasattr(signal, name)):
-            if (
-                number == getattr(signal, "SIGHUP", 0)
-                and signal.getsignal(number) == signal.SIG_IGN
-            ):
+        for name in (name for name in self.NAMES if hasattr(signal, name)):
+            number = getattr(signal, name)
+            if name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN:
                 continue
             handlers[number] = signal.signal(number, self._receive)
         return self

@@ -125,11 +125,6 @@ class Start(NamedNetwork):
             weights = {k: v for k, v in weights.items() if not k.startswith("linear.")}
         model.load_state_dict(weights, strict=False)
 
-    @property
-    def described(self) -> dict[str, str]:
-        """The file, as it was named, and its hash: what a model file records."""
-        return {"name": self.name, "sha256": self.sha256}
-
 
 def comparable(architecture: Architecture) -> dict[str, object]:
     """Everything that two networks must share so that one can start from the other's weights."""

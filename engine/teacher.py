@@ -86,7 +86,7 @@ class Teacher(NamedNetwork):
         With `teacher_views` they are read from the files in `folder`, or computed and written.
 
         Args:
-            after_batch: called after each batch that is computed; an exception of it ends that.
+            after_batch: called after each batch that is computed; one that raises ends that.
         """
         if not self.config.teacher_views:
             return lambda images, _: self.targets(self.logits(images))

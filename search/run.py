@@ -122,7 +122,7 @@ def run_search(search: Search, preset: str, space: Space = SPACE) -> list[Row]:
         largest = max(space.get("batch_size", [trials.base.batch_size]))
         with naming_the_preset(preset):
             check_batches(replace(trials.base, batch_size=largest), len(data.train))
-        received = run_on_ray(trials, preset, data)
+        received = run_on_ray(trials, data)
     try:
         with lock_folder(trials.path):
             trials.write_table()
@@ -144,7 +144,7 @@ def naming_the_preset(preset: str) -> Iterator[None]:
         ) from None
 
 
-def run_on_ray(trials: Trials, preset: str, data: Dataset) -> int:
+def run_on_ray(trials: Trials, data: Dataset) -> int:
     """Start Ray and run the trials that are left; returns the signal that stopped them, or 0."""
     search = trials.search
     with stop_signals, ray_started(search), stop_signals:  # Ray replaces the handlers as it starts
@@ -155,11 +155,11 @@ def run_on_ray(trials: Trials, preset: str, data: Dataset) -> int:
             end_by_signal(stop_signals.received, "before a trial began")
         with lock_folder(trials.path):
             if not search.resume:
-                described = {"preset": preset, "space": repr(trials.space), **asdict(search)}
-                write_record(trials.path / "search.json", described)
+                described = {"preset": trials.preset, "space": repr(trials.space)}
+                write_record(trials.path / "search.json", described | asdict(search))
             for number in set(trials.numbers) - trials.ended():
                 trials.remove_unless_resumable(number)
-            print_plan(trials, preset, data, trials_at_once(resources))
+            print_plan(trials, data, trials_at_once(resources))
             start, before = time.perf_counter(), seconds_trained(trials)
             run_trials(trials, data, resources)
             spent, trained = time.perf_counter() - start, seconds_trained(trials) - before
@@ -172,12 +172,12 @@ def seconds_trained(trials: Trials) -> float:
     return sum(row["seconds"] or 0 for row in trials.rows.values())
 
 
-def print_plan(trials: Trials, preset: str, data: Dataset, at_once: int) -> None:
+def print_plan(trials: Trials, data: Dataset, at_once: int) -> None:
     search = trials.search
     epochs = f"{search.grace_epochs} to " if search.grace_epochs < search.epochs else ""
     print(
-        f"{search.name}: {search.num_samples:,} trials around {preset}, {search.algorithm} search,"
-        f" {epochs}{search.epochs} epochs each, {at_once} at a time"
+        f"{search.name}: {search.num_samples:,} trials around {trials.preset}, {search.algorithm}"
+        f" search, {epochs}{search.epochs} epochs each, {at_once} at a time"
     )
     print(
         f"{title(trials.base, data)}: {len(data.train):,} training and {len(data.val):,} validation"

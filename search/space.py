@@ -17,7 +17,7 @@ import torch
 from config import PRESETS, Config, check_config
 from data import class_names_of
 from engine.folders import count_pictures
-from model import MAX_PARAMS, WHITENING_C1, ResNet, count_macs, feature_size, num_parameters
+from model import MAX_PARAMS, WHITENING_C1, ResNet, count_macs, count_parameters, feature_size
 from utils import InputError, Range, check_fields, check_integer, derive_seed, first_line
 
 
@@ -160,7 +160,7 @@ def with_defaults(search: Search, preset: str) -> Search:
 
 
 def with_epochs(config: Config, epochs: int) -> Config:
-    """The same training in so many epochs: warm-up and restarts in proportion."""
+    """The same training in `epochs` epochs: warm-up and restarts in proportion."""
     warmup = min(math.ceil(config.warmup_epochs * epochs / config.epochs), epochs - 1)
     return replace(
         config,
@@ -299,13 +299,12 @@ def draw_sample(
 
 def check_limits(config: Config, search: Search) -> None:
     """Raise InputError if a network has too few or too many parameters or MACs for the search."""
-    num_params = num_parameters(config)
+    with torch.device("meta"):
+        network = ResNet(config)
+    num_params = count_parameters(network)
     if num_params > search.max_params:
         raise InputError(f"max_params: {num_params:,} parameters are too many")
     if num_params < search.min_params:
         raise InputError(f"min_params: {num_params:,} parameters are too few")
-    if search.max_macs:
-        with torch.device("meta"):
-            macs = count_macs(ResNet(config))
-        if macs > search.max_macs:
-            raise InputError(f"max_macs: {macs:,} MACs are too many")
+    if search.max_macs and (macs := count_macs(network)) > search.max_macs:
+        raise InputError(f"max_macs: {macs:,} MACs are too many")

@@ -16,7 +16,7 @@ from conftest import ROOT, Bomb
 from engine import checkpoint
 from engine.checkpoint import checksum, load_model, load_state, save_model, save_state
 from model import Architecture, ResNet
-from utils import InputError
+from utils import InputError, read_json, write_json
 
 SMALL = {"num_blocks": (1, 1, 1), "c1": 4}
 INFO = {
@@ -121,6 +121,29 @@ def test_failed_save_leaves_the_old_file_whole(tmp_path, monkeypatch):
         save_model(path, ResNet(Architecture(**SMALL)), INFO)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_on_windows_a_file_is_replaced_once_the_program_that_reads_it_closes_it(monkeypatch):
+    refusals, replace = [1, 2], Path.replace
+
+    def replace_later(path, to):
+        if refusals:
+            raise PermissionError(refusals.pop(), "Access is denied", str(path))
+        return replace(path, to)
+
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(Path, "replace", replace_later)
+    write_json(Path("a.json"), 1)
+    assert read_json(Path("a.json")) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_file_of_a_network_that_is_in_use_is_not_mapped_into_memory():
+    """Windows would refuse to replace it, and so end the training that writes it."""
+    save_model("mapped.safetensors", ResNet(Architecture(**SMALL)), INFO)
+    network, _ = load_model("mapped.safetensors")
+    assert "mapped.safetensors" not in Path("/proc/self/maps").read_text()
+    assert network.linear.weight.isfinite().all()
 
 
 @pytest.mark.parametrize(

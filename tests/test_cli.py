@@ -42,6 +42,7 @@ from config import (
     load_config,
     parse_command_line,
 )
+from engine.distributed import init_processes
 from engine.run import lock_folder
 from engine.script import plain_arguments
 from utils import DivergenceError, InputError, SearchError, StoppedError
@@ -294,6 +295,15 @@ def test_more_processes_than_gpus(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     words = ["LOCAL_WORLD_SIZE: 3 processes for 2 GPUs", "--nproc-per-node 2"]
+    check_refusal("demo --wandb disabled", words, monkeypatch, capsys)
+
+
+def test_the_cpu_can_be_chosen(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("TPSNET_DEVICE", "cpu")
+    assert init_processes() == torch.device("cpu")
+    monkeypatch.setenv("TPSNET_DEVICE", "gpu")
+    words = ["TPSNET_DEVICE: 'gpu' in the environment; use cpu, or unset it"]
     check_refusal("demo --wandb disabled", words, monkeypatch, capsys)
 
 
@@ -571,6 +581,20 @@ def test_error_is_one_line_and_a_status(error, status, line, script, monkeypatch
     errors = capsys.readouterr().err
     assert errors.startswith(line)
     assert errors.count("\n") == bool(line)
+
+
+def test_file_that_cannot_be_read_leaves_a_notebooks_output_as_it_was(script, capsys):
+    def main(_args):
+        raise PermissionError(13, "denied", "data")
+
+    assert script(main) == 2  # here, too, stdout has no number
+    print("the next cell")
+    assert capsys.readouterr() == ("the next cell\n", "error: [Errno 13] denied: 'data'\n")
+
+
+def test_figures_need_nothing_of_the_notebook_that_started_the_script():
+    result = run("test.py", "-h", MPLBACKEND="module://matplotlib_inline.backend_inline")
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_cpu_without_enough_memory(script, capsys):

@@ -127,7 +127,9 @@ def test_onnx_describes_itself_and_takes_any_batch(kind, exported):
 @needs_onnx
 def test_onnx_is_reproducible_and_holds_no_path_of_this_machine(exported, capsys):
     path, folder, *_ = exported
+    torch.set_num_threads(2)
     export.export(path, format=("onnx",), out=Path("again"), limit=20)
+    assert torch.get_num_threads() == 2  # a notebook trains on
     assert "on 20 test images" in capsys.readouterr().out
     assert Path("again/demo.onnx").read_bytes() == (folder / "demo.onnx").read_bytes()
     for kind in ("onnx", "onnx-int8"):

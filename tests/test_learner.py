@@ -26,10 +26,11 @@ from learner import (
     lr_factor,
     make_model,
     make_optimizers,
+    memory_format,
     orthogonalize,
     update_average,
 )
-from model import ResNet
+from model import Architecture, ResNet
 from utils import generator
 
 CPU = torch.device("cpu")
@@ -213,6 +214,14 @@ def test_narrow_network_learns_where_onednn_writes_past_its_memory(digits):
     for c1 in (3, 4):
         weight = make_model(replace(config, c1=c1), digits, CPU).stages[0][0].conv1.weight
         assert weight.is_contiguous(memory_format=torch.channels_last) == (c1 == 4)
+
+
+def test_channels_come_last_but_on_apples_gpus():
+    """There they make gradients wrong (github.com/pytorch/pytorch/issues/175189)."""
+    network = ResNet(Architecture())
+    for device, expected in (("cpu", True), ("cuda", True), ("mps", False)):
+        last = memory_format(network, torch.device(device)) == torch.channels_last
+        assert last == expected, device
 
 
 # ---------------------------------------------------------------- Muon

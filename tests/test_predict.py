@@ -544,3 +544,9 @@ def test_classify_refuses_what_is_no_list_of_pictures(images, words, checkpoint)
     with pytest.raises(InputError) as raised:
         predict.classify(images, checkpoint)
     assert words in str(raised.value)
+
+
+@pytest.mark.parametrize("images", ["photo.jpg", Path("photos")])
+def test_predict_refuses_a_path_that_is_in_no_list(images):
+    with pytest.raises(InputError, match=r"^images: '.*' is one path; put it into a list$"):
+        predict.predict(images)

@@ -404,6 +404,34 @@ def test_overwrite_starts_anew(tiny):
     assert read_state(FOLDER / "last.pt")["config"] == record(tiny)
 
 
+def test_log_is_whole_whenever_an_epoch_is_reported(tiny):
+    """Whoever gets the report may end the process, as a search does."""
+    reported = []
+
+    def report(rows):
+        reported.append((len(rows), len(log())))
+
+    train(tiny, report=report)
+    assert reported == [(1, 1), (2, 2), (3, 3)]
+
+
+def test_old_file_that_cannot_be_removed_costs_a_warning(tiny, trained, monkeypatch, capsys):
+    """On Windows, one that a spreadsheet has open."""
+    shutil.copytree(trained, FOLDER)
+    unlink = Path.unlink
+
+    def refuse(path, **options):
+        if path.name == "log.csv":
+            raise PermissionError(13, "Access is denied", str(path))
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    rows, score = train(replace(tiny, overwrite=True))
+    assert score and len(rows) == len(log()) == 3
+    words = f"{FOLDER / 'log.csv'}: still that of the old run (Access is denied)"
+    assert f"warning: {words}\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("overwrite", "old", "again"),
     [

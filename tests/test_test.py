@@ -334,7 +334,7 @@ def test_seeds_that_do_not_differ_give_no_interval(demo, monkeypatch, capsys):
     assert lines[0].endswith(
         "91.00 ± 0.00% (standard deviation); no interval of the mean, since all are equal"
     )
-    assert lines[2] == "A - B: +1.00 points; no interval, since no seeds differ"
+    assert lines[2] == "A - B: +1.00 points; no interval, since the runs of each group are equal"
 
 
 def test_runs_of_the_same_seed_are_no_group(demo, monkeypatch, capsys):

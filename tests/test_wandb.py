@@ -43,7 +43,7 @@ class Wandb:
         self.check("log")
         self.logged.append(values | options)
 
-    def finish(self):
+    def finish(self, **_options):
         self.check("finish")
 
 
@@ -134,6 +134,18 @@ def test_silence_of_a_server_at_the_end_says_how_to_send_the_rest(library, monke
     WandbRun("online", Path("runs/one"), {}).finish({}, Path("runs/one/curves.png"))
     assert "`wandb sync --include-online runs/one/wandb` sends it" in capsys.readouterr().err
     assert fake.inits[0]["settings"]["finish_timeout"] <= 60
+
+
+def test_run_that_fails_is_ended_before_the_next_one_begins(tiny, real):
+    def fail(_log):
+        raise ZeroDivisionError
+
+    first, second = (replace(tiny, name=name, epochs=1, wandb="offline") for name in "ab")
+    with pytest.raises(ZeroDivisionError):
+        train(first, report=fail)
+    train(second)
+    for name in "ab":
+        assert len(list(Path("checkpoints", name, "wandb").glob("offline-run-*"))) == 1
 
 
 def test_disabled_never_imports_the_library(tiny, monkeypatch, capsys):

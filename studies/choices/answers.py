@@ -138,6 +138,10 @@ def answers() -> list[str]:
         "3 stages against 4, at an equal machine": difference(
             rows, "num_stages", [3], [4], equal=["on_gpu"]
         ),
+        "3 stages against 4, at equal MACs and machine": difference(
+            rows, "num_stages", [3], [4], equal=["macs", "on_gpu"]
+        ),
+        "3 stages against 4, of all trials": difference(everything, "num_stages", [3], [4]),
         "odd blocks in all stages against the rest, at equal depth": difference(
             rows, "odd", ["all"], ["some", "none"], equal=depth
         ),
