@@ -208,10 +208,10 @@ def check_writable(name: str, folder: Path) -> None:
 def rename(path: Path, to: Path) -> None:
     """Rename a file, in place of one that may be there.
 
-    On Windows, wait up to ten seconds for a program that has one of the two open: a virus scanner,
+    On Windows, wait up to two seconds for a program that has one of the two open: a virus scanner,
     an indexer, a reader.
     """
-    for delay in (0.05, 0.1, 0.2, 0.5, 1, 2, 3, 3) if sys.platform == "win32" else ():
+    for delay in (0.05, 0.1, 0.2, 0.5, 1) if sys.platform == "win32" else ():
         try:
             path.replace(to)
             return

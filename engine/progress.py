@@ -201,6 +201,7 @@ class WandbRun:
             group=theirs.run_group or self.group,
             id=self.id,
             resume="allow",
+            reinit="finish_previous",  # of this process, if it failed: it would get these rows, too
             mode=mode,
             dir=root,
             config=config,
@@ -228,13 +229,6 @@ class WandbRun:
         if self.run:
             sys.stdout.flush()  # the results come before the wait
             self._attempt(self._finish, summary, curves)
-            self.run = None
-
-    def close(self) -> None:
-        """End a run that stopped early, or the next one in this process would be logged to it."""
-        if self.run:
-            self._attempt(self.run.finish, exit_code=1)
-            self.run = None
 
     def _finish(self, summary: dict[str, float], curves: Path | None) -> None:
         import wandb

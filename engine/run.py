@@ -63,7 +63,7 @@ RUN_FILES = (
     *("last.pt", PREVIOUS, "config.json", "log.csv", "model.safetensors", "curves.png"),
     *("model_confusion.png", "model_calibration.png", "model_mistakes.png"),  # by test.py
 )
-EPOCH_SECONDS = 10  # nothing is written at the end of an epoch so soon after another save
+EPOCH_SECONDS = 10  # no state is written at the end of an epoch so soon after another one
 LOG_INTERVAL = 20  # steps between reads of the running loss, each of which waits for the device
 
 
@@ -188,8 +188,6 @@ class Run:
                 ) from None
             finally:
                 self.progress.close()
-                if self.wandb:
-                    self.wandb.close()
 
     def _restore(self) -> None:
         found = self._state and self._state["metrics"]
@@ -237,6 +235,7 @@ class Run:
                 self.config.wandb, self.folder, record(self.config), self.wandb_id, group
             )
         if self.report and self.log:
+            self._write_log()  # a kill may have come between the state and its log
             self.report(self.log)
 
     # ------------------------------------------------------------ an epoch
@@ -296,7 +295,8 @@ class Run:
     def _after_step(self) -> None:
         """Save if it is time to, and end if a signal asked to."""
         # Processes on GPUs agree only now and then, because they wait for each other to do so.
-        interval = LOG_INTERVAL if torch.cuda.is_available() and num_processes() > 1 else 1
+        on_gpu = self.data.train.labels.device.type == "cuda"
+        interval = LOG_INTERVAL if on_gpu and num_processes() > 1 else 1
         if self.step % interval == 0:
             due, number = all_reduce_max(self._is_due(), stop_signals.received)
             if due or number:
@@ -305,7 +305,7 @@ class Run:
             self._end_if_asked(number)
 
     def end_epoch(self, val: Score | None) -> None:
-        """Log the epoch; save the state, the network and the log, unless it was done just before.
+        """Log the epoch; save the state, network and log, unless it was done just before; report.
 
         Args:
             val: how the network does on the validation images, if there are any.
@@ -392,8 +392,11 @@ class Run:
             if name != but:
                 try:
                     (self.folder / name).unlink(missing_ok=True)
-                except PermissionError as error:  # on Windows, if a spreadsheet has it open
-                    warn(f"{self.folder / name}: still that of the old run ({error.strerror})")
+                except PermissionError as error:  # on Windows, if a program has it open
+                    problem = f"{self.folder / name}: still that of the old run ({error.strerror})"
+                    if not name.endswith((".csv", ".png")):  # --resume would take it for this run's
+                        raise InputError(f"{problem}; close the program that has it open") from None
+                    warn(problem)
         logs = self.folder / "wandb"
         if not logs.is_symlink():
             for log in logs.glob("*run-*"):

@@ -55,6 +55,7 @@ def ray_started(search: Search) -> Iterator[None]:
     path = os.pathsep.join([str(ROOT), "${PYTHONPATH}"])  # workers import search.ray_tune
     # Those of a cluster do not inherit the environment of this process.
     of_workers = {"PYTHONPATH": path, "TPSNET_CHECKPOINTS": str(CHECKPOINTS), **HIDE_GPUS}
+    of_workers["TPSNET_DEVICE"] = os.environ.get("TPSNET_DEVICE", "")
     # Ray's processes inherit the mask. A signal to the process group then reaches only this
     # process, which ends them in its own time. Ray itself protects them from Ctrl-C.
     is_posix = os.name == "posix"
@@ -158,8 +159,9 @@ def trial_resources(search: Search) -> dict[str, float]:
         InputError: no machine of the cluster has them.
     """
     found = [machine["Resources"] for machine in machines()]
-    has_gpu = any(resources.get("GPU") for resources in found)
-    gpus = float(has_gpu) if search.gpus_per_trial is None else search.gpus_per_trial
+    on_gpu = any(resources.get("GPU") for resources in found)
+    on_gpu = on_gpu and os.environ.get("TPSNET_DEVICE") != "cpu"
+    gpus = float(on_gpu) if search.gpus_per_trial is None else search.gpus_per_trial
     for name, unit, wanted in (("cpus", "CPU", search.cpus_per_trial), ("gpus", "GPU", gpus)):
         most = max(resources.get(unit, 0) for resources in found)
         if wanted > most:

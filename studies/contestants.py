@@ -241,8 +241,8 @@ def measure(
 
 
 def memory_peak() -> int:
-    """Peak memory of this process in bytes: on the GPU if there is one, else resident."""
-    if torch.cuda.is_available():
+    """Peak memory of this process in bytes: on the GPU if it is used, else resident."""
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     if sys.platform == "linux":  # where getrusage includes the parent's peak
         status = Path("/proc/self/status").read_text(encoding="utf-8")

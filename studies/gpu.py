@@ -161,9 +161,9 @@ def main(args: list[str]) -> None:
     options = parser.parse_args(args)
     if unknown := [name for name in options.presets if name not in names]:
         raise InputError(f"preset: {unknown[0]!r} is not one of {', '.join(names)}")
-    if not torch.cuda.is_available():
-        raise InputError("device: this study needs an NVIDIA GPU, and there is none here")
     device, start = init_processes(options.check), time.perf_counter()
+    if device.type != "cuda":
+        raise InputError("device: this study needs an NVIDIA GPU, and there is none here")
     configs = [PRESETS[name] for name in options.presets or names]
     if options.check:
         for config in configs:

@@ -127,9 +127,13 @@ def test_onnx_describes_itself_and_takes_any_batch(kind, exported):
 @needs_onnx
 def test_onnx_is_reproducible_and_holds_no_path_of_this_machine(exported, capsys):
     path, folder, *_ = exported
+    number = torch.get_num_threads()
     torch.set_num_threads(2)
-    export.export(path, format=("onnx",), out=Path("again"), limit=20)
-    assert torch.get_num_threads() == 2  # a notebook trains on
+    try:
+        export.export(path, format=("onnx",), out=Path("again"), limit=20)
+        assert torch.get_num_threads() == 2  # a notebook trains on
+    finally:
+        torch.set_num_threads(number)
     assert "on 20 test images" in capsys.readouterr().out
     assert Path("again/demo.onnx").read_bytes() == (folder / "demo.onnx").read_bytes()
     for kind in ("onnx", "onnx-int8"):

@@ -415,17 +415,32 @@ def test_log_is_whole_whenever_an_epoch_is_reported(tiny):
     assert reported == [(1, 1), (2, 2), (3, 3)]
 
 
-def test_old_file_that_cannot_be_removed_costs_a_warning(tiny, trained, monkeypatch, capsys):
-    """On Windows, one that a spreadsheet has open."""
-    shutil.copytree(trained, FOLDER)
+@pytest.fixture
+def kept_open(trained, monkeypatch):
+    """Make a file of an old run one that cannot be removed: on Windows, a program has it open."""
     unlink = Path.unlink
+    shutil.copytree(trained, FOLDER)
 
-    def refuse(path, **options):
-        if path.name == "log.csv":
-            raise PermissionError(13, "Access is denied", str(path))
-        unlink(path, **options)
+    def keep(name):
+        def refuse(path, **options):
+            if path.name == name:
+                raise PermissionError(13, "Access is denied", str(path))
+            unlink(path, **options)
 
-    monkeypatch.setattr(Path, "unlink", refuse)
+        monkeypatch.setattr(Path, "unlink", refuse)
+
+    return keep
+
+
+def test_old_state_that_cannot_be_removed_ends_the_run(tiny, kept_open):
+    """A --resume could take it for the new run's."""
+    kept_open(PREVIOUS)
+    with pytest.raises(InputError, match=rf"{PREVIOUS}: still that of the old run .*; close"):
+        train(replace(tiny, overwrite=True))
+
+
+def test_old_log_that_cannot_be_removed_costs_a_warning(tiny, kept_open, capsys):
+    kept_open("log.csv")
     rows, score = train(replace(tiny, overwrite=True))
     assert score and len(rows) == len(log()) == 3
     words = f"{FOLDER / 'log.csv'}: still that of the old run (Access is denied)"

@@ -43,7 +43,7 @@ class Wandb:
         self.check("log")
         self.logged.append(values | options)
 
-    def finish(self, **_options):
+    def finish(self):
         self.check("finish")
 
 
