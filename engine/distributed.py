@@ -55,10 +55,7 @@ def init_processes(deterministic: bool = False) -> torch.device:
             raise InputError(
                 "MASTER_ADDR: missing in the environment; start several processes with torchrun"
             )
-    wanted = os.environ.get("TPSNET_DEVICE", "")
-    if wanted not in ("", "cpu"):
-        raise InputError(f"TPSNET_DEVICE: {wanted!r} in the environment; use cpu, or unset it")
-    if wanted:
+    if cpu_is_chosen():
         device = torch.device("cpu")
     elif torch.cuda.is_available():
         processes = from_environment("LOCAL_WORLD_SIZE", str(local + 1))
@@ -92,6 +89,18 @@ def from_environment(name: str, default: str = "") -> int:
             " LOCAL_RANK, WORLD_SIZE), or start several processes with it"
         )
     return int(text)
+
+
+def cpu_is_chosen() -> bool:
+    """True if TPSNET_DEVICE=cpu in the environment asks for the CPU, whatever else there is.
+
+    Raises:
+        InputError: the variable has another value.
+    """
+    wanted = os.environ.get("TPSNET_DEVICE", "")
+    if wanted not in ("", "cpu"):
+        raise InputError(f"TPSNET_DEVICE: {wanted!r} in the environment; use cpu, or unset it")
+    return wanted == "cpu"
 
 
 def compute_dtype(device: torch.device, bfloat16: bool) -> torch.dtype:

@@ -387,16 +387,19 @@ class Run:
         self._saved_at = time.monotonic()
 
     def remove_old_run(self, but: str = "") -> None:
-        """Remove a run's files `but` one, and the W&B logs of others than this run."""
-        for name in reversed(RUN_FILES):
-            if name != but:
-                try:
-                    (self.folder / name).unlink(missing_ok=True)
-                except PermissionError as error:  # on Windows, if a program has it open
-                    problem = f"{self.folder / name}: still that of the old run ({error.strerror})"
-                    if not name.endswith((".csv", ".png")):  # --resume would take it for this run's
-                        raise InputError(f"{problem}; close the program that has it open") from None
-                    warn(problem)
+        """Remove a run's files `but` one, and the W&B logs of others than this run.
+
+        Raises:
+            InputError: a state or a network cannot be removed; --resume could take it for new.
+        """
+        for path in (self.folder / name for name in reversed(RUN_FILES) if name != but):
+            try:
+                path.unlink(missing_ok=True)
+            except PermissionError as error:  # on Windows, if a program has it open
+                problem = f"{path}: still that of the old run ({error.strerror})"
+                if path.suffix not in (".csv", ".png"):
+                    raise InputError(f"{problem}; close the program that has it open") from None
+                warn(problem)
         logs = self.folder / "wandb"
         if not logs.is_symlink():
             for log in logs.glob("*run-*"):
@@ -492,7 +495,8 @@ def remove_runs(runs: list[Run]) -> None:
     All before the first training: after a stop, --resume would take one that is left for its own.
 
     Raises:
-        InputError: one of the folders is in use, or cannot be written; nothing was removed.
+        InputError: one of the folders is in use, or cannot be written, and nothing was removed; or
+            an old state cannot be removed.
     """
     with contextlib.ExitStack() as locks:
         for run in runs:

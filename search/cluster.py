@@ -11,7 +11,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from engine.distributed import usable_cpus
+from engine.distributed import cpu_is_chosen, usable_cpus
 from search.space import Search
 from utils import CHECKPOINTS, InputError, first_line
 
@@ -156,11 +156,10 @@ def trial_resources(search: Search) -> dict[str, float]:
     """The resources that Ray reserves for each trial.
 
     Raises:
-        InputError: no machine of the cluster has them.
+        InputError: no machine of the cluster has them, or TPSNET_DEVICE is wrong.
     """
     found = [machine["Resources"] for machine in machines()]
-    on_gpu = any(resources.get("GPU") for resources in found)
-    on_gpu = on_gpu and os.environ.get("TPSNET_DEVICE") != "cpu"
+    on_gpu = not cpu_is_chosen() and any(resources.get("GPU") for resources in found)
     gpus = float(on_gpu) if search.gpus_per_trial is None else search.gpus_per_trial
     for name, unit, wanted in (("cpus", "CPU", search.cpus_per_trial), ("gpus", "GPU", gpus)):
         most = max(resources.get(unit, 0) for resources in found)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import utils
 from config import PRESETS, Config
 from data import Batch, Dataset, Split, make_dataset, train_batches
-from engine.distributed import init_processes
+from engine.distributed import cpu_is_chosen, init_processes
 from engine.evaluate import classify
 from engine.run import LOG_INTERVAL
 from learner import PROXY_INTERVAL, Learner, Proxy
@@ -242,7 +242,7 @@ def measure(
 
 def memory_peak() -> int:
     """Peak memory of this process in bytes: on the GPU if it is used, else resident."""
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_available() and not cpu_is_chosen():
         return torch.cuda.max_memory_allocated()
     if sys.platform == "linux":  # where getrusage includes the parent's peak
         status = Path("/proc/self/status").read_text(encoding="utf-8")
