@@ -22,7 +22,7 @@ from utils import (
     Range,
     check_fields,
     first_line,
-    from_json,
+    has_control_characters,
     part_of,
     quoted,
     read_json,
@@ -305,12 +305,13 @@ def view_of(config: Config, epoch: int) -> int:
 
 # ---------------------------------------------------------------- checks, before any work
 
+PLAIN_NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"  # of a folder of runs
+
 
 def check_config(config: Config) -> None:
     """Raise InputError, naming the field, if this configuration cannot be trained."""
     check_fields(config)
-    plain = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"
-    if not re.fullmatch(f"({plain}/)?{plain}", config.name):
+    if not re.fullmatch(f"({PLAIN_NAME}/)?{PLAIN_NAME}", config.name):
         raise InputError(
             f"name: {config.name!r} must be NAME or GROUP/NAME, each of at most 100 letters, digits"
             " and . _ -"
@@ -345,7 +346,8 @@ def check_config(config: Config) -> None:
     if config.dataset == "digits" and moved:
         raise InputError(
             "flip, crop_padding, auto_augment, trivial_augment: a digit may become another sign;"
-            " add --flip none --crop-padding 0, or start from the demo preset"
+            " add --flip none --crop-padding 0 --no-auto-augment --no-trivial-augment, or start"
+            " from the demo preset"
         )
     check_budget(config, config.max_params)
     pooled, small = (pooled_size(config, size) for size in (IMAGE_SIZE, config.small_size))
@@ -426,7 +428,7 @@ def load_config(path: str | Path) -> Config:
     """
     remedy = "name a config.json that train.py wrote, or the best.json of a search"
     try:
-        config = from_json(Config, read_json(path))
+        config = Config(**read_json(path))
     except OSError as error:
         raise InputError(
             f"config: cannot read {str(path)!r} ({error.strerror}); {remedy}"
@@ -436,7 +438,7 @@ def load_config(path: str | Path) -> Config:
             f"config: {path} holds no constants of a run ({first_line(error)}); {remedy}"
         ) from None
     for name, value in asdict(config).items():
-        if isinstance(value, str) and not value.isprintable():  # -h prints it
+        if isinstance(value, str) and has_control_characters(value):  # -h prints it
             raise InputError(f"config: {path} has control characters in its {name}; {remedy}")
     check_config(config)
     return config

@@ -23,7 +23,16 @@ from torch.nn import functional as F
 import augment
 from config import Config, image_size, steps_per_epoch, view_of
 from engine.distributed import num_processes, rank
-from utils import IMAGE_SIZE, InputError, check_fields, first_line, generator, printable, warn
+from utils import (
+    IMAGE_SIZE,
+    InputError,
+    check_fields,
+    expanded,
+    first_line,
+    generator,
+    printable,
+    warn,
+)
 
 # Class names, and the mean and std per channel over all pixels of the training images, scaled to
 # [0, 1]. The std that many repositories copy for CIFAR-10, (0.2023, 0.1994, 0.2010), is another
@@ -247,7 +256,7 @@ def class_names_of(config: Config) -> tuple[str, ...]:
     if config.dataset == "folder":
         from engine.folders import class_names, find_splits  # torch.hub lacks their libraries
 
-        return class_names(find_splits(Path(config.data_dir).expanduser())[0])
+        return class_names(find_splits(expanded(config.data_dir))[0])
     return tuple(FACTS[config.dataset][0])
 
 
@@ -328,7 +337,7 @@ def load_dataset(config: Config, test: bool = True) -> Dataset:
         InputError: a file is missing, damaged or foreign, or a size is out of range.
     """
     check_fields(config)
-    data_dir = Path(config.data_dir).expanduser()  # torchvision does so for its download alone
+    data_dir = expanded(config.data_dir)  # torchvision does so for its download alone
     if config.dataset == "digits":
         dataset = load_digits(test)
     elif config.dataset == "folder":

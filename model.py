@@ -62,7 +62,7 @@ class Architecture:
     conv_kernel: Annotated[int | tuple[int, ...], Range(1, 31)] = 3
     """Kernel size of the blocks' convolutions, odd; one for all stages or one per stage."""
     skip_kernel: Annotated[int | tuple[int, ...], Range(1, 31)] = 1
-    """Kernel size of the projection shortcuts, odd; one for all stages or one per stage."""
+    """Kernel size of projection shortcuts, odd, one or one per stage; `pool` has no projections."""
     pool_kernel: Annotated[int, Range(1)] = 8
     """Window of the average pooling, in pixels of the last feature map (8x8 for 3 stages)."""
     dropout: Annotated[float, Range(0, 0.99)] = 0.0
@@ -75,6 +75,11 @@ class Architecture:
     """Halve the resolution by a stride, or begin every stage with a convolution and max pooling."""
     num_classes: Annotated[int, Range(2, 100_000)] = 10
     """Classes: those of the data; train.py refuses this option."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, list):  # of a notebook or of JSON: the same as a tuple
+                object.__setattr__(self, name, tuple(value))
 
 
 class BasicBlock(nn.Module):

@@ -80,7 +80,7 @@ def test(
         InputError: the checkpoint or the data is missing, damaged or of another project.
     """
     check_output("json", json)
-    names = [checkpoint, Path(compare)]
+    names = [Path(checkpoint), Path(compare)]
     if compare and (groups := find_groups(names)):
         if tta:
             raise InputError("tta: groups are compared by their runs' accuracies; leave it out")

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -24,8 +25,15 @@ from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin, 
 import torch
 
 IMAGE_SIZE = 32  # pixels, both sides
-CHECKPOINTS = Path(os.environ.get("TPSNET_CHECKPOINTS") or "checkpoints").expanduser()  # of runs
 TEMPORARY = ".tmp-"  # prefix of the folders in which files are written before they are renamed
+
+
+def expanded(path: str) -> Path:
+    """A path whose `~` is the home folder; `~name` stays where there is no such user."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111  # Path.expanduser raises there
+
+
+CHECKPOINTS = expanded(os.environ.get("TPSNET_CHECKPOINTS") or "checkpoints")  # of runs
 
 
 # ---------------------------------------------------------------- errors and checks
@@ -72,7 +80,7 @@ def check_fields(instance: object) -> None:
             raise InputError(f"{name}: {value!r} must be a {kind.__name__}")
         if not bounds:
             continue
-        is_list = isinstance(value, tuple | list)
+        is_list = isinstance(value, tuple)
         if kinds == (tuple[int, ...],) and not is_list:
             raise InputError(f"{name}: {value!r} must be a list of integers")
         check = check_number if float in kinds else check_integer
@@ -98,6 +106,11 @@ def check_number(name: str, value: object, low: float, high: float) -> None:
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def has_control_characters(text: str) -> bool:
+    """True if a terminal would act on the text, or if it is no UTF-8."""
+    return any(unicodedata.category(char) in ("Cc", "Cs") for char in text)
 
 
 def printable(text: object) -> str:
@@ -279,11 +292,6 @@ def read_csv(path: str | Path) -> list[dict[str, int | float | str | None]]:
 def part_of(config: object, kind: type) -> object:
     """Build the dataclass `kind` from the fields of the same names in `config`."""
     return kind(**{field.name: getattr(config, field.name) for field in fields(kind)})
-
-
-def from_json(kind: type, values: dict[str, object]) -> object:
-    """Build the dataclass `kind` from its fields in JSON, whose lists become tuples."""
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 # ---------------------------------------------------------------- seeds and provenance

@@ -27,7 +27,6 @@ from utils import (
     atomic_path,
     check_number,
     first_line,
-    from_json,
     quoted,
 )
 
@@ -119,7 +118,7 @@ def load_model(path: str | Path) -> tuple[ResNet, dict[str, object]]:
         check_metadata(metadata)
         # Built without memory and filled from the file, whatever size the metadata claims.
         with torch.device("meta"):
-            model = ResNet(from_json(Architecture, metadata["architecture"]))
+            model = ResNet(Architecture(**metadata["architecture"]))
         model.load_state_dict(tensors, assign=True)
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise ValueError("its weights are not finite")

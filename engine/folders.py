@@ -5,7 +5,6 @@ and whatever lies below a class's folder belongs to it. The class folders are in
 named, or in its train/ and its test/ (or val/).
 """
 
-import unicodedata
 import warnings
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from engine.distributed import is_main
 from engine.pictures import list_files, picture_suffixes, read_or_explain, reader_threads
-from utils import IMAGE_SIZE, InputError, warn
+from utils import IMAGE_SIZE, InputError, has_control_characters, warn
 
 MAX_CLASSES = 1000
 CHUNK = 500  # pictures that are given to the threads at once
@@ -108,7 +107,7 @@ def class_names(folder: Path) -> tuple[str, ...]:
             f"data_dir: {folder} holds {len(names):,} class folders; use 2 to {MAX_CLASSES:,}"
         )
     for name in names:
-        if any(unicodedata.category(char) in ("Cc", "Cs") for char in name):
+        if has_control_characters(name):
             raise InputError(
                 f"data_dir: {folder} holds a class folder {name!r}, whose name has control"
                 " characters or is no UTF-8; rename it"

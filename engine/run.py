@@ -47,6 +47,7 @@ from utils import (
     DivergenceError,
     InputError,
     StoppedError,
+    expanded,
     first_line,
     git_commit,
     library_versions,
@@ -180,6 +181,8 @@ class Run:
                 self._begin()
                 yield
             except DivergenceError as error:
+                if self.log:
+                    self._write_log()
                 last = self.folder / "last.pt"
                 good = f" the last good state is {last};" if self._has_state else ""
                 raise DivergenceError(
@@ -302,6 +305,8 @@ class Run:
             if due or number:
                 self._read_totals()
                 self._save()
+            if number and self.log:
+                self._write_log()
             self._end_if_asked(number)
 
     def end_epoch(self, val: Score | None) -> None:
@@ -317,7 +322,8 @@ class Run:
             "epoch": self.epoch + 1,
             "lr": self.lr,
             "train_loss": self.loss / self.seen,
-            "train_accuracy": 100 * self.correct / self.seen,  # percent, of the augmented images
+            # Percent of the augmented images; with a teacher, agreement with its likeliest class.
+            "train_accuracy": 100 * self.correct / self.seen,
             "val_loss": val and val.loss,
             "val_accuracy": val and val.accuracy,
             "seconds": time.perf_counter() - self._clock,
@@ -419,9 +425,9 @@ class Run:
             return
         config, data, last, start = self.config, self.data, self.log[-1], self._parts.get("start")
         same = (n for n, preset in PRESETS.items() if same_network(preset, config))
-        data_dir = str(Path(config.data_dir).expanduser().absolute())
+        data_dir = str(expanded(config.data_dir).absolute())
         accuracy = {  # percent
-            "train": last["train_accuracy"],  # of the augmented images, while training
+            "train": last["train_accuracy"],  # as in the log: while training
             "val": last["val_accuracy"],
             "test": test and test.accuracy,
         }

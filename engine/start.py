@@ -66,13 +66,16 @@ class NamedNetwork:
     def warn_of_seen_images(self, data: Dataset) -> None:
         """Warn if it was trained on images that are set aside for validation here."""
         is_same_data = self.info.get("dataset") == data.name  # in whatever copy
-        if data.name == "folder":
-            is_same_data = self.info.get("data_fingerprint") == data.fingerprint
         is_same_split = self.info.get("config", {}).get("val_size") == len(data.val)
+        was, comes_out = "was", "comes out"
+        if data.name == "folder" and self.info.get("data_fingerprint") != data.fingerprint:
+            # Pictures have been added or removed, or these are others.
+            is_same_data = is_same_data and self.info["class_names"] == list(data.class_names)
+            is_same_split, was, comes_out = False, "may have been", "may come out"
         if len(data.val) and is_same_data and not is_same_split:
             warn(
-                f"{self.field}: {self.name} was trained on images that val_size sets aside: the"
-                " validation accuracy comes out too high"
+                f"{self.field}: {self.name} {was} trained on images that val_size sets aside: the"
+                f" validation accuracy {comes_out} too high"
             )
 
     def state_dict(self) -> dict[str, str]:

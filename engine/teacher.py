@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from augment import apply_policy
 from config import Config, view_of
-from data import EVAL_BATCH, Answers, Dataset
+from data import EVAL_BATCH, Answers, Dataset, Normalize
 from engine.checkpoint import checksum
 from engine.distributed import (
     all_reduce_max,
@@ -34,7 +34,7 @@ from engine.distributed import (
 )
 from engine.start import NamedNetwork
 from learner import memory_format
-from utils import CHECKPOINTS, InputError, atomic_path, check_writable, warn, write_json
+from utils import CHECKPOINTS, InputError, atomic_path, check_writable, expanded, warn, write_json
 
 # The constants that choose the images and change their views.
 OF_VIEWS = ("val_size", "train_size", "auto_augment", "trivial_augment", "seed")
@@ -63,20 +63,18 @@ class Teacher(NamedNetwork):
         """Make ready to answer about these images, on `device`.
 
         Raises:
-            InputError: it was trained with other classes, another normalization or other data.
+            InputError: it was trained with other classes or other data.
         """
-        for name, ours in (
-            ("dataset", data.name),
-            ("class_names", list(data.class_names)),
-            ("mean", list(data.mean)),
-            ("std", list(data.std)),
-        ):
+        for name, ours in (("dataset", data.name), ("class_names", list(data.class_names))):
             if (theirs := self.info.get(name)) != ours:
                 raise InputError(
                     f"teacher: {self.path} was trained with another {name} ({theirs}) than this run"
                     f' has ({ours}); name another teacher, or none (--teacher "")'
                 )
         self.data, self.device = data, device
+        mean, std = self.info["mean"], self.info["std"]
+        self.normalize = Normalize(mean, std).to(device)
+        self.is_normalized_alike = (mean, std) == (list(data.mean), list(data.std))
         self.model.to(device, memory_format=memory_format(self.model, device))
         self.autocast = make_autocast(device, self.config.bfloat16)
 
@@ -89,13 +87,20 @@ class Teacher(NamedNetwork):
             after_batch: called after each batch that is computed; one that raises ends that.
         """
         if not self.config.teacher_views:
-            return lambda images, _: self.targets(self.logits(images))
+            return lambda images, _: self.targets(self.logits(self.renormalized(images)))
         kept = self.kept(view_of(self.config, epoch), after_batch).to(self.device)
         return lambda _, chosen: self.targets(kept[chosen].float())
 
     def targets(self, logits: Tensor) -> Tensor:
         """(N, C) logits to targets: their probabilities, at temperature 1."""
         return logits.softmax(1)
+
+    def renormalized(self, images: Tensor) -> Tensor:
+        """Images with the student's normalization to those with the teacher's."""
+        if self.is_normalized_alike:
+            return images
+        ours = self.data.normalize
+        return self.normalize(images * ours.std + ours.mean)
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
@@ -147,7 +152,7 @@ class Teacher(NamedNetwork):
             disable=None if is_main() else True,
         ) as bar:
             for chosen in indices.split(EVAL_BATCH)[rank() :: num_processes()]:
-                logits[chosen] = self.logits(self.data.normalize(images[chosen] / 255))
+                logits[chosen] = self.logits(self.normalize(images[chosen] / 255))
                 bar.update(len(chosen) * num_processes())
                 after_batch()
         return all_reduce_sum(logits).half().cpu()
@@ -164,7 +169,7 @@ class Teacher(NamedNetwork):
         """The folder of the kept answers: beside the data, or, of the user's pictures, the runs."""
         name = hashlib.sha256(json.dumps(self.described, sort_keys=True).encode()).hexdigest()
         is_users = self.data.name == "folder"
-        beside = CHECKPOINTS if is_users else Path(self.config.data_dir).expanduser()
+        beside = CHECKPOINTS if is_users else expanded(self.config.data_dir)
         return beside / "answers" / name[:16]
 
 

@@ -261,6 +261,8 @@ def run_trials(trials: Trials, data: Dataset, resources: dict[str, float]) -> No
         finally:
             if monitor.bar is not None:
                 monitor.bar.close()
-    trials.mark_interrupted()
+            trials.mark_interrupted()
+            with contextlib.suppress(InputError):  # of a full disk, which is the problem already
+                trials.write_table()
     if monitor.problem:
         raise SearchError(f"{monitor.problem}; fix this, then --resume {search.name} goes on")

@@ -7,18 +7,26 @@ had ended when it was drawn.
 import itertools
 import math
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import torch
 
-from config import PRESETS, Config, check_config
+from config import PLAIN_NAME, PRESETS, Config, check_config
 from data import class_names_of
 from engine.folders import count_pictures
 from model import MAX_PARAMS, WHITENING_C1, ResNet, count_macs, count_parameters, feature_size
-from utils import InputError, Range, check_fields, check_integer, derive_seed, first_line
+from utils import (
+    InputError,
+    Range,
+    check_fields,
+    check_integer,
+    derive_seed,
+    expanded,
+    first_line,
+)
 
 
 class LogUniform(NamedTuple):
@@ -107,6 +115,8 @@ def check_search(search: Search) -> None:
     check_integer("min_params", search.min_params, 0, search.max_params)
     if "/" in search.name:
         raise InputError(f"name: {search.name!r} must be a plain folder name; leave out the /")
+    if not re.fullmatch(PLAIN_NAME, search.name):
+        raise InputError(f"name: {search.name!r} must be at most 100 letters, digits and . _ -")
     if search.algorithm == "optuna":
         try:
             import optuna  # noqa: F401
@@ -155,7 +165,7 @@ def with_defaults(search: Search, preset: str) -> Search:
         return search
     if search.dataset != "folder":
         return replace(search, val_size=VAL_SIZE[search.dataset])
-    classes = count_pictures(Path(search.data_dir).expanduser())
+    classes = count_pictures(expanded(search.data_dir))
     return replace(search, val_size=max(len(classes), sum(classes.values()) // 5))
 
 
@@ -204,6 +214,8 @@ def configuration(sample: Sample, base: Config) -> Config:
         shape["num_blocks"] = shape["num_blocks"][:1] * stages
     constants = {constant.name for constant in fields(Config)}
     config = replace(base, **shape, **{n: v for n, v in sample.items() if n in constants})
+    if config.downsample == "pool":  # has no projection shortcuts: whatever was drawn for them
+        config = replace(config, skip_kernel=(1,) * stages)
     return replace(config, pool_kernel=max(1, feature_size(config) // sample["pooled_size"]))
 
 

@@ -80,6 +80,7 @@ def built(**changes):
         lambda p: p.write_bytes(b""),
         lambda p: p.write_bytes(p.read_bytes()[:1000]),
         lambda p: p.write_bytes(p.read_bytes()[:-1]),
+        lambda p: p.write_bytes(p.read_bytes()[:-4] + bytes(4)),  # the last number is 0
         lambda p: p.write_bytes((2**63).to_bytes(8, "little") + p.read_bytes()[8:]),
         lambda p: p.write_bytes(pickle.dumps(Bomb())),
         lambda p: torch.save({"model": Bomb()}, p),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, run, run_main
 from PIL import Image
 
 from config import Config
@@ -80,15 +80,15 @@ def test_released_weights_classify_as_well_as_they_claim(path, cifar10):
 
 @pytest.mark.parametrize("path", RELEASED, ids=lambda path: path.stem)
 @pytest.mark.slow
-def test_pictures_in_files_get_the_same_answers(path, cifar10):
+def test_pictures_in_files_get_the_same_answers(path, cifar10, monkeypatch):
     """A tenth of the test set as PNG files, classified by predict.py."""
     model, info = load_model(path)
     images = cifar10.test.images[::10]
     Path("photos").mkdir()
     for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
         Image.fromarray(image).save(f"photos/{i:04}.png")
-    told = run("predict.py", "photos", "--checkpoint", path, "--top", "1", "--csv", "a.csv")
-    assert told.returncode == 0, told.stderr
+    options = ("--checkpoint", path, "--top", "1", "--csv", "a.csv")
+    assert run_main("predict", "photos", *options, monkeypatch=monkeypatch) == 0
     predicted = classify(model, images, cifar10.normalize).argmax(1).tolist()
     assert [row["class_1"] for row in read_csv("a.csv")] == [
         info["class_names"][label] for label in predicted

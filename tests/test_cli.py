@@ -41,11 +41,12 @@ from config import (
     check_config,
     load_config,
     parse_command_line,
+    record,
 )
 from engine.distributed import init_processes
 from engine.run import lock_folder
 from engine.script import plain_arguments
-from utils import DivergenceError, InputError, SearchError, StoppedError
+from utils import DivergenceError, InputError, SearchError, StoppedError, write_json
 
 # a command line for each check, and words that the line must contain
 MISTAKES = [
@@ -69,6 +70,8 @@ MISTAKES = [
     ("demo --max-params 9", ["max_params", "use fewer blocks or channels, or raise --max-params"]),
     # the data
     ("demo --flip random", ["flip", "--flip none"]),
+    ("best --dataset digits", ["--flip none --crop-padding 0 --no-auto-augment --no-trivial"]),
+    ("mine --data-dir ~nobody-of-that-name/x", ["data_dir: ~nobody-of-that-name/x does not exist"]),
     ("demo --num-classes 7", ["num_classes", "follows from the data", "leave --num-classes out"]),
     ("demo --num_classes=7", ["num_classes", "follows from the data"]),
     ("mine --dataset cifar10", ["data_dir: photos is for your own", "add --data-dir data"]),
@@ -148,6 +151,12 @@ def test_mistake_is_one_line(line, words, monkeypatch, capsys):
     for name, text in FILES.items():
         Path(f"{name}.json").write_text(text)
     check_refusal(line, words, monkeypatch, capsys)
+
+
+def test_constants_of_a_folder_with_an_unusual_space_in_its_name_are_read():
+    config = replace(PRESETS["mine"], data_dir="my\u3000photos\u00a0")
+    write_json(Path("config.json"), record(config))
+    assert load_config("config.json") == config
 
 
 NO_FOLDER = "name a folder that holds a folder of pictures for each class"
@@ -682,7 +691,7 @@ for name in sys.argv[1:]:
 
 
 def test_importing_changes_nothing():
-    modules = ["train", "test", "predict", "export", "hubconf", "search"]
+    modules = ["train", "test", "predict", "export", "hubconf", "search.run"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     line = [sys.executable, "-c", IMPORTING, *modules]
     result = subprocess.run(line, env=env, capture_output=True, text=True)

@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 import augment
 import data
 from config import PRESETS, Config
-from data import Split, load_dataset, train_batches
+from data import Split, epoch_order, load_dataset, train_batches
 from engine.pictures import list_files, read_picture
 from utils import InputError, derive_seed, generator
 
@@ -90,6 +90,28 @@ def test_what_saved_runs_and_released_networks_rely_on_stays_as_it_was():
     val = data.stratified(split, 8)[1].images[:, 0, 0, 0]
     assert val.tolist() == [0, 15, 17, 19, 20, 29, 30, 38]
     assert data.fingerprint(split).startswith("2ee14213f859aad5f1adc4fb")
+
+
+def test_what_is_drawn_for_an_epoch_stays_as_it_was():
+    """Or a resumed run sees other batches, and a teacher's kept answers are to other images."""
+    config = replace(PRESETS["best"], rotation_degrees=5.0, mixing=1.0, seed=3)
+    order = epoch_order(config, 4, 2)
+    assert order.tolist() == [0, 3, 2, 1]
+    shift, angle, flip, corner = augment.draw(config, order, 2)
+    assert shift.tolist() == [[-3, 2], [-1, 0], [-2, -3], [2, -3]]
+    assert angle.tolist() == pytest.approx([-2.037917, 4.246255, 2.497061, 2.349140], abs=1e-6)
+    assert flip.tolist() == [True, False, False, False]
+    assert corner.tolist() == [[15, 0], [20, -1], [5, 1], [3, 23]]
+    pair, chance, side = augment.draw_pairs(4, 3, 2)
+    assert pair[:2].tolist() == [20, 4]
+    assert chance[0].tolist() == pytest.approx([0.776389, 0.871048], abs=1e-6)
+    assert side[0].tolist() == pytest.approx([0.736657, 0.292235], abs=1e-6)
+    operation, level, side = augment.draw_trivial(4, 3, 2)
+    assert (operation[:2].tolist(), level[:2].tolist()) == ([8, 11], [5, 0])
+    assert side[:2].tolist() == pytest.approx([0.956298, 0.755199], abs=1e-6)
+    mixed = [augment.mix(config, torch.zeros(2, 3, 32, 32), torch.eye(2), 2, n) for n in range(4)]
+    shares = [targets[0, 1].item() for _, targets in mixed]
+    assert shares == pytest.approx([0.287109, 0.222656, 0.380859, 0.566406], abs=1e-6)
 
 
 # ---------------------------------------------------------------- CIFAR-10
@@ -386,7 +408,9 @@ def as_bytes(images):
     return sorted(image.numpy().tobytes() for image in images)
 
 
-def test_class_folders_are_read_as_predict_reads_them_and_a_fifth_is_for_the_test():
+def test_class_folders_are_read_as_predict_reads_them_and_a_fifth_is_for_the_test(monkeypatch):
+    monkeypatch.setattr("engine.folders.CHUNK", 3)  # as with more than 500 pictures
+    monkeypatch.setattr(data, "EVAL_BATCH", 4)
     make_pictures("photos", size=(50, 70), dog=10, cat=4)
     make_pictures("photos/cat", suffix="jpg", **{"deep/er": 2, ".hidden": 2})
     found = folder()

@@ -163,7 +163,8 @@ def test_restored_learner_has_the_state_that_was_saved(digits, optimizer):
     assert digest(other.state_dict()) == digest(one.state_dict())
 
 
-def test_dropout_is_drawn_anew_in_each_step_and_by_the_seed_alone(digits):
+def test_dropout_is_drawn_anew_in_each_step_and_by_the_seed_alone(digits, monkeypatch):
+    """And in each of several processes, so that their shares of a batch do not lack the same."""
     config = replace(EXACT, dropout=0.2)
     images, *_ = next(train_batches(digits, config, 1))
 
@@ -183,6 +184,8 @@ def test_dropout_is_drawn_anew_in_each_step_and_by_the_seed_alone(digits):
     assert torch.equal(second, again[1])
     assert not torch.equal(first, second)
     assert not torch.equal(first, other)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    assert not torch.equal(first, outputs(0)[0])
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "muon"])

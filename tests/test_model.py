@@ -44,6 +44,12 @@ def test_named_networks_have_the_sizes_in_the_docstring():
         assert model_cost(architecture).num_params == size
 
 
+def test_lists_are_taken_for_the_tuples_that_a_run_records():
+    lists = Architecture(num_blocks=[1, 2], channels=[8, 9], conv_kernel=[3, 1], skip_kernel=[1, 3])
+    same = Architecture(num_blocks=(1, 2), channels=(8, 9), conv_kernel=(3, 1), skip_kernel=(1, 3))
+    assert lists == same
+
+
 def test_layers_are_pytorchs_own():
     """So tools that go by a layer's type, which count operations or prune, find them."""
     for preset in PRESETS.values():

@@ -18,7 +18,7 @@ from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, features
 import predict
 from data import Normalize
 from engine.checkpoint import save_model
-from engine.pictures import list_files, read_or_explain, read_picture
+from engine.pictures import heic_support, list_files, read_or_explain, read_picture
 from model import Architecture, ResNet
 from utils import InputError, read_csv
 
@@ -258,6 +258,17 @@ def test_heic_is_read_where_its_library_is():
     pillow_heif.from_pillow(Image.fromarray(PHOTO)).save(file, quality=100)
     file.seek(0)
     assert close(read_picture(file).int(), expected(PHOTO), 8)
+
+
+def test_heic_without_its_library_names_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    heic_support.cache_clear()
+    Path("phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
+    try:
+        _, problem = read_or_explain(Path("phone.heic"))
+    finally:
+        heic_support.cache_clear()
+    assert "pip install pillow-heif" in problem
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")

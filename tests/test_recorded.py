@@ -242,6 +242,14 @@ def test_the_study_of_gpus_needs_one_and_names_its_presets(monkeypatch):
         gpu.main(["huge"])
 
 
+def test_steps_are_recorded_on_a_gpu_where_one_process_trains_alone(monkeypatch):
+    gpu = torch.device("cuda")
+    assert recorded.can_record(gpu)
+    assert not recorded.can_record(torch.device("cpu"))
+    monkeypatch.setattr(recorded, "num_processes", lambda: 2)
+    assert not recorded.can_record(gpu)
+
+
 @pytest.mark.parametrize("recipe", ["muon"], indirect=True)
 def test_nothing_is_recorded_on_a_cpu(recipe, monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", None)

@@ -13,7 +13,7 @@ from engine.checkpoint import load_model
 from engine.start import Start
 from engine.teacher import Teacher
 from model import MAX_PARAMS, Architecture, count_parameters
-from utils import from_json, part_of
+from utils import part_of
 
 RELEASED = sorted((ROOT / "checkpoints").glob("*.safetensors"))
 
@@ -22,7 +22,7 @@ RELEASED = sorted((ROOT / "checkpoints").glob("*.safetensors"))
 def test_card_log_and_readme_agree_with_the_file(path):
     model, info = load_model(path)
     assert count_parameters(model) <= MAX_PARAMS
-    trained = from_json(Config, info["config"])
+    trained = Config(**info["config"])
     for kind in (Recipe, Architecture):
         assert part_of(trained, kind) == part_of(PRESETS[path.stem], kind)
     names, mean, std = FACTS["cifar10"]

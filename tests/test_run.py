@@ -364,7 +364,9 @@ def test_verdict_comes_before_any_work_and_changes_nothing(tiny):
 
 def test_resume_starts_a_run_where_there_is_none_but_not_without_its_state(tiny, capsys):
     train(replace(tiny, epochs=1, resume=True))
-    assert "resume: " in capsys.readouterr().out
+    assert "resume: no saved state; starting at the beginning" in capsys.readouterr().out
+    train(replace(tiny, epochs=2, resume=True))
+    assert "resume: going on after epoch 1" in capsys.readouterr().out
     for name in ("last.pt", PREVIOUS):
         (FOLDER / name).unlink(missing_ok=True)
     before = files()
@@ -620,6 +622,31 @@ def test_full_disk_stops_with_one_line_and_leaves_the_checkpoint(tiny):
     assert not list(FOLDER.glob(f"{utils.TEMPORARY}*"))
     assert where() == (1, 0)
     assert train(replace(tiny, resume=True))[1] == whole_score
+
+
+@pytest.mark.parametrize("end", [StoppedError, DivergenceError])
+def test_log_has_all_whole_epochs_of_a_run_that_ends_within_one(tiny, monkeypatch, end):
+    """Also those since the last state, which are so short that none was due."""
+    steps, step = iter(range(100)), Learner.step
+
+    def last_step(learner, *batch):
+        if next(steps) < 7:  # three in each epoch
+            return step(learner, *batch)
+        if end is StoppedError:
+            signal.raise_signal(signal.SIGTERM)
+            return step(learner, *batch)
+        return torch.tensor([math.nan, 0])
+
+    monkeypatch.setattr(Learner, "step", last_step)
+    with pytest.raises(end):
+        train(tiny)
+    assert [row["epoch"] for row in log()] == [1, 2]
+
+
+def test_network_names_the_data_files_that_are_not_the_official_ones(tiny):
+    train(replace(tiny, epochs=1), replace(load_dataset(tiny), unofficial=("data_batch_1.bin",)))
+    _, info = load_model(FOLDER / "model.safetensors")
+    assert info["unofficial_data_files"] == ["data_batch_1.bin"]
 
 
 def test_log_that_cannot_be_written_costs_a_warning(tiny, capsys):

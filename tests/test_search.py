@@ -12,7 +12,10 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from functools import partial
+from operator import add
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -23,7 +26,7 @@ from tiny_search import TINY
 import utils
 from config import PRESETS, check_config, load_config
 from model import ResNet, count_parameters
-from search.cluster import LISTEN, set_environment, usable_cpus
+from search.cluster import LISTEN, set_environment, trial_resources, usable_cpus
 from search.run import finish, load_search, main, run_search
 from search.space import (
     SPACE,
@@ -49,6 +52,7 @@ from utils import InputError
         ("demo --epochs 3 --grace-epochs 4", ["grace_epochs", "4", "from 0 to 3"]),
         ("demo --min-params 9 --max-params 8", ["min_params", "9", "8"]),
         ("demo --name a/b", ["name", "'a/b'", "leave out the /"]),
+        ("demo --name a$b", ["name", "'a$b' must be at most 100 letters, digits and . _ -"]),
         ("demo --max-params 9", ["min_params", "samples", "0 to 9", "SPACE"]),
         ("demo --name there", ["name", "checkpoints/there", "--resume there"]),
         ("demo --val-size 5000", ["val_size", "5000", "10 to 1,428"]),
@@ -287,6 +291,7 @@ def test_a_sample_becomes_a_configuration(same, num_blocks):
     assert config.rotation_degrees == PRESETS["tpsnet"].rotation_degrees  # not drawn
     pooled = configuration(sample | {"downsample": "pool"}, PRESETS["tpsnet"])
     assert pooled.pool_kernel == 2  # from 4x4 pixels
+    assert pooled.skip_kernel == (1, 1, 1)  # none of its shortcuts has a kernel
 
 
 @pytest.mark.parametrize("algorithm", ["random", "optuna"])
@@ -401,6 +406,67 @@ def test_ray_listens_to_this_machine_alone_and_wants_a_token(monkeypatch):
     monkeypatch.setattr(os, "environ", {})
     set_environment("127.0.0.1:6379")  # a cluster of the user's own has its own settings
     assert not {LISTEN, "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"} & os.environ.keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "device", "expected"),
+    [
+        ({}, "", {"cpu": 1, "gpu": 1}),
+        ({}, "cpu", {"cpu": 1, "gpu": 0}),
+        ({"cpus_per_trial": 2.5, "gpus_per_trial": 0.5}, "", {"cpu": 2.5, "gpu": 0.5}),
+        ({"gpus_per_trial": 3.0}, "", "gpus_per_trial: 3, but no machine has more than 2"),
+        ({"cpus_per_trial": 9.0}, "", "cpus_per_trial: 9, but no machine has more than 8"),
+    ],
+)
+def test_a_trial_has_a_gpu_where_there_is_one_or_what_the_options_say(
+    options, device, expected, monkeypatch
+):
+    found = [{"Resources": {"CPU": 8}}, {"Resources": {"CPU": 4, "GPU": 2}}]
+    monkeypatch.setattr("search.cluster.machines", lambda: found)
+    monkeypatch.setenv("TPSNET_DEVICE", device)
+    search = Search(**options)
+    if isinstance(expected, dict):
+        assert trial_resources(search) == expected
+    else:
+        with pytest.raises(InputError, match=f"^{expected}"):
+            trial_resources(search)
+
+
+@pytest.mark.slow  # importing Ray takes seconds
+def test_a_resumed_search_repeats_what_asha_compares_and_stops_nothing_for_it(monkeypatch):
+    from search import ray_tune
+
+    reports = []
+    monkeypatch.setattr(ray_tune.tune, "report", reports.append)
+    log = [{"val_accuracy": accuracy} for accuracy in (10.0, 20.0, 30.0, 40.0)]
+    ray_tune.report_rungs(log, Search(epochs=5, grace_epochs=1))
+    assert reports == [
+        {"epoch": 1, "val_accuracy": 10.0, "repeated": True},
+        {"epoch": 4, "val_accuracy": 40.0, "repeated": True},
+    ]
+    asha = ray_tune.ASHA("epoch", "val_accuracy", mode="max", max_t=5, reduction_factor=4)
+    for number, accuracy in enumerate((90.0, 80.0, 70.0, 60.0, 10.0)):
+        trial, result = Mock(trial_id=f"{number}"), {"epoch": 1, "val_accuracy": accuracy}
+        asha.on_trial_add(None, trial)
+        assert asha.on_trial_result(None, trial, result | {"repeated": True}) == asha.CONTINUE
+    trial = Mock(trial_id="new")
+    asha.on_trial_add(None, trial)
+    assert asha.on_trial_result(None, trial, {"epoch": 1, "val_accuracy": 11.0}) == asha.STOP
+
+
+@pytest.mark.slow
+def test_a_search_ends_when_its_minutes_are_over(monkeypatch):
+    from search import ray_tune
+
+    trials = make_trials()
+    for minutes, is_over in ((0.0, False), (2.0, True)):
+        trials.search = replace(trials.search, max_minutes=minutes)
+        monitor = ray_tune.Monitor(trials)
+        assert not monitor.stop_all()
+        start = time.monotonic()
+        with monkeypatch.context() as later:
+            later.setattr(time, "monotonic", partial(add, start, 121))
+            assert monitor.stop_all() == is_over
 
 
 def rows(*statuses):
@@ -539,5 +605,6 @@ def test_a_search_stops_after_three_failures_for_one_reason():
     assert last.startswith("error: 3 trials in a row failed, the last one with FileExistsError")
     assert last.endswith("--resume tiny goes on")
     assert len(rows("failed")) == 3
+    assert not rows("running")
     stored = json.loads((folder / "search.json").read_text())
     assert (stored["num_samples"], stored["grace_epochs"]) == (5, 1)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, run, run_main
 
+import test as script
 from config import PRESETS, Config
 from data import APPROXIMATE_COPY, Normalize, check_data, load_dataset
 from engine import checkpoint
@@ -115,6 +116,7 @@ def test_each_of_two_networks_gets_its_own_normalization(demo, variant, monkeypa
     test = load_dataset(Config(dataset="digits")).test
     expected = evaluate(load_model(other)[0], test, Normalize(mean, std))
     assert right == expected.correct != written["correct"]
+    assert script.test(str(demo[0]), compare=other)["compared_with"] == compared  # in a notebook
 
 
 def test_networks_of_other_classes_are_not_compared(variant, monkeypatch, capsys):
