@@ -314,7 +314,7 @@ def check_config(config: Config) -> None:
     if not re.fullmatch(f"({PLAIN_NAME}/)?{PLAIN_NAME}", config.name):
         raise InputError(
             f"name: {config.name!r} must be NAME or GROUP/NAME, each of at most 100 letters, digits"
-            " and . _ -"
+            " and . _ -, and begin with none of . -"
         )
     if config.resume and config.overwrite:
         raise InputError("overwrite: not with --resume, which goes on with the run; use one")
@@ -396,6 +396,7 @@ def check_resumable(config: Config, stored: dict[str, object], folder: Path) -> 
         name, new = constant.name, getattr(config, constant.name)
         # A constant that is not stored is newer than the run; its default changes nothing.
         old = stored.get(name, constant.default)
+        old = tuple(old) if isinstance(old, list) else old  # of a notebook, by an older version
         if new == old or (name == "epochs" and new > old):
             continue
         if name in ("init", "teacher") and old and new:  # the state has their weights' hash
@@ -433,7 +434,7 @@ def load_config(path: str | Path) -> Config:
         raise InputError(
             f"config: cannot read {str(path)!r} ({error.strerror}); {remedy}"
         ) from None
-    except (AttributeError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise InputError(
             f"config: {path} holds no constants of a run ({first_line(error)}); {remedy}"
         ) from None

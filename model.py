@@ -62,7 +62,7 @@ class Architecture:
     conv_kernel: Annotated[int | tuple[int, ...], Range(1, 31)] = 3
     """Kernel size of the blocks' convolutions, odd; one for all stages or one per stage."""
     skip_kernel: Annotated[int | tuple[int, ...], Range(1, 31)] = 1
-    """Kernel size of projection shortcuts, odd, one or one per stage; `pool` has no projections."""
+    """Odd kernel size of the projection shortcuts, one or one per stage; `pool` has none."""
     pool_kernel: Annotated[int, Range(1)] = 8
     """Window of the average pooling, in pixels of the last feature map (8x8 for 3 stages)."""
     dropout: Annotated[float, Range(0, 0.99)] = 0.0

@@ -80,11 +80,11 @@ def check_fields(instance: object) -> None:
             raise InputError(f"{name}: {value!r} must be a {kind.__name__}")
         if not bounds:
             continue
-        is_list = isinstance(value, tuple)
-        if kinds == (tuple[int, ...],) and not is_list:
+        is_tuple = isinstance(value, tuple)
+        if kinds == (tuple[int, ...],) and not is_tuple:
             raise InputError(f"{name}: {value!r} must be a list of integers")
         check = check_number if float in kinds else check_integer
-        for number in value if is_list and tuple[int, ...] in kinds else (value,):
+        for number in value if is_tuple and tuple[int, ...] in kinds else (value,):
             check(name, number, *bounds[0])
 
 
@@ -109,8 +109,8 @@ def first_line(error: Exception) -> str:
 
 
 def has_control_characters(text: str) -> bool:
-    """True if a terminal would act on the text, or if it is no UTF-8."""
-    return any(unicodedata.category(char) in ("Cc", "Cs") for char in text)
+    """True if the text would garble a line that is printed, or is no UTF-8."""
+    return any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in text)
 
 
 def printable(text: object) -> str:

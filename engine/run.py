@@ -181,7 +181,7 @@ class Run:
                 self._begin()
                 yield
             except DivergenceError as error:
-                if self.log:
+                if self._has_state and self.log:
                     self._write_log()
                 last = self.folder / "last.pt"
                 good = f" the last good state is {last};" if self._has_state else ""
@@ -305,8 +305,6 @@ class Run:
             if due or number:
                 self._read_totals()
                 self._save()
-            if number and self.log:
-                self._write_log()
             self._end_if_asked(number)
 
     def end_epoch(self, val: Score | None) -> None:
@@ -474,6 +472,8 @@ class Run:
         """Raise StoppedError if `number` is that of a signal; 0 is none."""
         if not number:
             return
+        if self._has_state and self.log:
+            self._write_log()
         where, remedy = f"after {self}, saved in {self.folder}", how_to_go_on(self.config)
         if not self._has_state:
             where = "before the first step"

@@ -104,7 +104,7 @@ class Teacher(NamedNetwork):
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
-        """(N, 3, 32, 32) normalized images to (N, C) logits, as they would be kept."""
+        """(N, 3, 32, 32) images with its own normalization to (N, C) logits, as they are kept."""
         with self.autocast:
             return self.model(images).half().float()
 

@@ -111,6 +111,8 @@ def with_derived(row: dict[str, object]) -> dict[str, object]:
     channels = lists.get("channels")
     keeps = channels[0] == row["c1"] if channels else row["width"] == 1
     skips = lists["skip_kernel"][keeps:] or [0]
+    if row.get("downsample") == "pool":  # no shortcut has one
+        skips = [0]
     return row | {
         "mean_blocks": np.mean(lists["num_blocks"]),
         "odd": ODD[any(odd) + all(odd)],

@@ -234,5 +234,6 @@ def finish(trials: Trials, received: int) -> None:
     caption = f"{drawn} trials, {epochs}{images}"
     is_plain = (trials.base.stem, trials.base.downsample) == ("conv", "stride")
     budget = search.max_params if is_plain else None
+    rows = [{"downsample": trials.base.downsample} | row for row in rows]
     if not figures.effects(rows, trials.path, caption, budget):
         print(f"no figures: at least {figures.MIN_TRIALS} trials with different accuracies needed")

@@ -115,8 +115,11 @@ def check_search(search: Search) -> None:
     check_integer("min_params", search.min_params, 0, search.max_params)
     if "/" in search.name:
         raise InputError(f"name: {search.name!r} must be a plain folder name; leave out the /")
-    if not re.fullmatch(PLAIN_NAME, search.name):
-        raise InputError(f"name: {search.name!r} must be at most 100 letters, digits and . _ -")
+    if not re.fullmatch(PLAIN_NAME, f"{search.name}-best"):  # the network to train at last
+        raise InputError(
+            f"name: {search.name!r} must be 1 to 95 letters, digits and . _ -, and begin with none"
+            " of . -"
+        )
     if search.algorithm == "optuna":
         try:
             import optuna  # noqa: F401
@@ -214,8 +217,6 @@ def configuration(sample: Sample, base: Config) -> Config:
         shape["num_blocks"] = shape["num_blocks"][:1] * stages
     constants = {constant.name for constant in fields(Config)}
     config = replace(base, **shape, **{n: v for n, v in sample.items() if n in constants})
-    if config.downsample == "pool":  # has no projection shortcuts: whatever was drawn for them
-        config = replace(config, skip_kernel=(1,) * stages)
     return replace(config, pool_kernel=max(1, feature_size(config) // sample["pooled_size"]))
 
 

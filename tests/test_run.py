@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from conftest import ROOT, TINY, command, make_pictures, run_main
 from faults import RECIPES, Fork, digest, result
 
 import utils
-from config import PRESETS, record
+from config import PRESETS, check_resumable, record
 from data import load_dataset, train_batches
 from engine import distributed
 from engine.checkpoint import PREVIOUS, load_model, load_state, read_state, save_model, save_state
@@ -624,23 +625,51 @@ def test_full_disk_stops_with_one_line_and_leaves_the_checkpoint(tiny):
     assert train(replace(tiny, resume=True))[1] == whole_score
 
 
-@pytest.mark.parametrize("end", [StoppedError, DivergenceError])
-def test_log_has_all_whole_epochs_of_a_run_that_ends_within_one(tiny, monkeypatch, end):
+@pytest.mark.parametrize("where", ["step", "evaluate", "diverge"])
+def test_log_has_all_whole_epochs_of_a_run_that_ends_within_one(tiny, monkeypatch, where):
     """Also those since the last state, which are so short that none was due."""
-    steps, step = iter(range(100)), Learner.step
+    steps, evaluations, step = itertools.count(1), itertools.count(1), Learner.step
 
     def last_step(learner, *batch):
-        if next(steps) < 7:  # three in each epoch
-            return step(learner, *batch)
-        if end is StoppedError:
+        is_last = next(steps) == 8  # three in each epoch
+        if is_last and where == "diverge":
+            return torch.tensor([math.nan, 0])
+        if is_last and where == "step":
             signal.raise_signal(signal.SIGTERM)
-            return step(learner, *batch)
-        return torch.tensor([math.nan, 0])
+        return step(learner, *batch)
+
+    def last_evaluate(*args):
+        if next(evaluations) == 3 and where == "evaluate":
+            signal.raise_signal(signal.SIGTERM)
+        return evaluate(*args)
 
     monkeypatch.setattr(Learner, "step", last_step)
-    with pytest.raises(end):
-        train(tiny)
+    monkeypatch.setattr("train.evaluate", last_evaluate)
+    with pytest.raises(DivergenceError if where == "diverge" else StoppedError):
+        train(replace(tiny, val_size=200))
     assert [row["epoch"] for row in log()] == [1, 2]
+
+
+def test_a_run_that_diverges_before_its_first_state_leaves_the_one_that_it_was_to_overwrite(tiny):
+    train(replace(tiny, epochs=1))
+    before = files()
+    config = replace(tiny, overwrite=True)
+    run, data = Run(config), load_dataset(config)
+    learner = Learner(config, data, torch.device("cpu"))
+    with pytest.raises(DivergenceError), run.opened(data, learner):
+        images, labels, n = next(train_batches(data, config, run.begin_epoch()))
+        run.add(learner.step(images, labels, n), n)
+        learner.model.linear.bias.data.fill_(float("nan"))
+        run.end_epoch(None)  # as on GPUs, of which several save every 20th step
+    assert files() == before
+
+
+def test_a_run_that_recorded_lists_goes_on(tiny):
+    """Those of a notebook, by an older version."""
+    config = replace(tiny, num_blocks=(1, 1, 1))
+    check_resumable(config, record(config) | {"num_blocks": [1, 1, 1]}, FOLDER)
+    with pytest.raises(InputError, match=r"^num_blocks: "):
+        check_resumable(config, record(config) | {"num_blocks": [1, 1]}, FOLDER)
 
 
 def test_network_names_the_data_files_that_are_not_the_official_ones(tiny):

@@ -39,7 +39,7 @@ from search.space import (
     with_epochs,
 )
 from search.trials import Trials, write_record
-from utils import InputError
+from utils import InputError, SearchError
 
 # ---------------------------------------------------------------- options
 
@@ -52,7 +52,7 @@ from utils import InputError
         ("demo --epochs 3 --grace-epochs 4", ["grace_epochs", "4", "from 0 to 3"]),
         ("demo --min-params 9 --max-params 8", ["min_params", "9", "8"]),
         ("demo --name a/b", ["name", "'a/b'", "leave out the /"]),
-        ("demo --name a$b", ["name", "'a$b' must be at most 100 letters, digits and . _ -"]),
+        ("demo --name a$b", ["name", "'a$b' must be 1 to 95 letters, digits and . _ -"]),
         ("demo --max-params 9", ["min_params", "samples", "0 to 9", "SPACE"]),
         ("demo --name there", ["name", "checkpoints/there", "--resume there"]),
         ("demo --val-size 5000", ["val_size", "5000", "10 to 1,428"]),
@@ -291,7 +291,6 @@ def test_a_sample_becomes_a_configuration(same, num_blocks):
     assert config.rotation_degrees == PRESETS["tpsnet"].rotation_degrees  # not drawn
     pooled = configuration(sample | {"downsample": "pool"}, PRESETS["tpsnet"])
     assert pooled.pool_kernel == 2  # from 4x4 pixels
-    assert pooled.skip_kernel == (1, 1, 1)  # none of its shortcuts has a kernel
 
 
 @pytest.mark.parametrize("algorithm", ["random", "optuna"])
@@ -455,6 +454,19 @@ def test_a_resumed_search_repeats_what_asha_compares_and_stops_nothing_for_it(mo
 
 
 @pytest.mark.slow
+def test_no_trial_runs_any_more_after_a_search_that_cannot_go_on(monkeypatch):
+    from search import ray_tune
+
+    trials, tune = make_search(("finished", "running")), Mock()
+    tune.Tuner.return_value.fit.side_effect = RuntimeError("a machine is lost")
+    monkeypatch.setattr(ray_tune, "tune", tune)
+    with pytest.raises(SearchError, match=r"^RuntimeError: a machine is lost; fix"):
+        ray_tune.run_trials(trials, None, {})
+    table = utils.read_csv("checkpoints/damaged/trials.csv")
+    assert [row["status"] for row in table] == ["finished", "interrupted"]
+
+
+@pytest.mark.slow
 def test_a_search_ends_when_its_minutes_are_over(monkeypatch):
     from search import ray_tune
 
@@ -605,6 +617,5 @@ def test_a_search_stops_after_three_failures_for_one_reason():
     assert last.startswith("error: 3 trials in a row failed, the last one with FileExistsError")
     assert last.endswith("--resume tiny goes on")
     assert len(rows("failed")) == 3
-    assert not rows("running")
     stored = json.loads((folder / "search.json").read_text())
     assert (stored["num_samples"], stored["grace_epochs"]) == (5, 1)

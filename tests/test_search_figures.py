@@ -56,6 +56,8 @@ def test_drawn_channels_are_shown_by_their_mean(tmp_path):
 
 
 def test_other_constants_that_are_drawn_are_shown_too(tmp_path):
+    pooled = with_derived(trials(1)[0] | {"downsample": "pool", "skip_kernel": "3 3 3"})
+    assert pooled["mean_skip_kernel"] == 0  # no shortcut has one
     rows = [with_derived(trials(1)[0] | {"early_accuracy": 10.0 + i}) for i in range(12)]
     assert differing(rows) == []
     for i, row in enumerate(rows):

@@ -77,8 +77,8 @@ def compare(network: Path = RELEASED / "tiny.safetensors", /) -> None:
     for kind, epochs in ROWS.items():
         batches = shown(data, config, *epochs).split(EVAL_BATCH)
         ours, theirs = (
-            torch.cat([network(images) for images in batches]).log_softmax(1)
-            for network in (student, teacher.logits)
+            torch.cat([classify(images) for images in batches]).log_softmax(1)
+            for classify in (student, teacher.logits)
         )
         first = theirs if first is None else first
         right = [f"{100 * (x.argmax(1) == labels).float().mean():.2f}%" for x in (ours, theirs)]
