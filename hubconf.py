@@ -10,9 +10,11 @@ no layer of the network, and `model.to(device)` leaves it on the CPU: move the i
 normalized, or call `model.normalize.to(device)` too.
 """
 
+import builtins as _builtins
 import importlib.util as _import_util
 import sys as _sys
 from pathlib import Path as _Path
+from threading import RLock as _RLock
 from types import ModuleType as _Module
 
 from torch import device as _device
@@ -70,23 +72,25 @@ def _import_files() -> dict[str, _Module]:
     """Import our files as tpsnet_utils, tpsnet_model and so on, once for all networks.
 
     The files import each other by their plain names, which the user's own files may have too. So
-    ours have these names in `sys.modules` only while they are imported.
+    their `import` knows ours, and `sys.modules` has them under the other names alone.
     """
     private = {name: f"tpsnet_{name.replace('.', '_')}" for name in _FILES}
     paths = {name: _FOLDER / f"{name.replace('.', '/')}.py" for name in _FILES}
-    found = {name: _sys.modules.get(private[name]) for name in _FILES}
-    if all(found[name] and _Path(found[name].__file__) == paths[name] for name in _FILES):
-        return found  # of two copies of a class, pickle would know only one
-    users = {name: _sys.modules.pop(name) for name in _FILES if name in _sys.modules}
-    try:
+    # torch.hub runs this file anew for every network, so a lock of its own would hold up nobody.
+    with vars(_sys).setdefault("_tpsnet_lock", _RLock()):
+        found = {name: _sys.modules.get(private[name]) for name in _FILES}
+        if all(found[name] and _Path(found[name].__file__) == paths[name] for name in _FILES):
+            return found  # of two copies of a class, pickle would know only one
+        found = {}
+
+        def import_ours(name: str, *args: object) -> _Module:
+            return found.get(name) or _builtins.__import__(name, *args)
+
         for name in _FILES:
             spec = _import_util.spec_from_file_location(private[name], paths[name])
-            found[name] = _import_util.module_from_spec(spec)
-            _sys.modules[name] = found[name]
-            spec.loader.exec_module(found[name])
-    finally:
-        for name in _FILES:
-            _sys.modules.pop(name, None)
-        _sys.modules.update(users)
-    _sys.modules.update({private[name]: module for name, module in found.items()})
-    return found
+            module = _import_util.module_from_spec(spec)
+            module.__builtins__ = vars(_builtins) | {"__import__": import_ours}
+            spec.loader.exec_module(module)
+            found[name] = module
+        _sys.modules.update({private[name]: module for name, module in found.items()})
+        return found

@@ -216,7 +216,7 @@ def find_pictures(arguments: tuple[str, ...]) -> list[str]:
     if not arguments:
         raise InputError("images: none is named; name files, folders or globs, or - for stdin")
     files = []
-    for argument in arguments:
+    for argument in map(str, arguments):
         if argument == "-":
             if argument in files:
                 raise InputError("images: stdin, `-`, can be read only once")

@@ -27,6 +27,11 @@ class Blocked(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Blocked())
 import pickle, torch, utils, engine.checkpoint
 
+def look(event, args):
+    if event == "exec":  # while one of the files is imported, another thread may import its own
+        assert sys.modules["utils"] is utils
+
+sys.addaudithook(look)
 path = list(sys.path)
 networks = [torch.hub.load({root!r}, name, source="local") for name in {names}]
 import model, data

@@ -557,6 +557,14 @@ def test_classify_refuses_what_is_no_list_of_pictures(images, words, checkpoint)
     assert words in str(raised.value)
 
 
+def test_predict_takes_paths_and_their_names(checkpoint):
+    Image.fromarray(PHOTO).save("photo.png")
+    by_path, by_name = (
+        predict.predict([name], checkpoint) for name in (Path("photo.png"), "photo.png")
+    )
+    assert by_path == by_name
+
+
 @pytest.mark.parametrize("images", ["photo.jpg", Path("photos")])
 def test_predict_refuses_a_path_that_is_in_no_list(images):
     with pytest.raises(InputError, match=r"^images: '.*' is one path; put it into a list$"):

@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,10 @@ pytestmark = [
 class QuietHandler(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_):
         pass
+
+    def end_headers(self):
+        self.send_header("Vary", "Accept-Encoding, User-Agent")  # as many a host does
+        super().end_headers()
 
 
 @contextlib.contextmanager
@@ -314,6 +319,27 @@ def test_network_of_another_page_is_refused(browser, tmp_path):
         page.close()
 
 
+def test_network_that_was_exported_anew_is_seen_at_the_next_visit(browser, tmp_path):
+    """Browsers ask for no file that was a month old yesterday, unless the page tells them to.
+
+    With routes they would ask, so the runtime lies beside the page.
+    """
+    context, now = browser.new_context(), time.time()
+    shutil.copytree(DIST, tmp_path / "dist")
+    with serve(tmp_path) as address:
+        for days, names in ((30, ["ant", "dog"]), (29, ["bee", "cat"])):
+            write_page(tmp_path, names)
+            (tmp_path / "index.html").write_text(HTML.replace(CDN, "dist/"), encoding="utf-8")
+            for path in tmp_path.glob("*.*"):
+                os.utime(path, 2 * (now - days * 86_400,))
+            page = context.new_page()
+            page.goto(address)
+            description = "tpsnet.ready.then(({ description }) => description.class_names)"
+            assert page.evaluate(description) == names
+            page.close()
+    context.close()
+
+
 def test_browser_without_webassembly_is_told_so_before_anything_is_downloaded(browser):
     context = browser.new_context()
     context.add_init_script("delete globalThis.WebAssembly")
@@ -343,7 +369,8 @@ def test_pictures_are_sent_nowhere(page):
 def test_works_offline_after_the_first_visit(browser, tmp_path):
     """The runtime lies beside the page: routes do not see a service worker's requests.
 
-    At the machine's own name and number nothing stays: the next page there may be another's.
+    Also after an update of which a part alone has arrived. At the machine's own name and number
+    nothing stays: the next page there may be another's.
     """
     shutil.copytree(WEB, tmp_path, dirs_exist_ok=True)
     shutil.copytree(DIST, tmp_path / "dist")
@@ -356,6 +383,14 @@ def test_works_offline_after_the_first_visit(browser, tmp_path):
             assert not page.evaluate("navigator.serviceWorker.getRegistrations()")
         page.goto(address.replace("127.0.0.1", "app.localhost") + "?from=mail")
         page.evaluate("navigator.serviceWorker.ready.then(() => {})")
+        page.reload()
+        page.evaluate("tpsnet.ready.then(() => {})")  # by way of the service worker
+        description = tmp_path / "network.json"
+        other = {"class_names": ["ant", "dog"], "integrity": f"sha384-{64 * 'A'}"}
+        description.write_text(json.dumps(json.loads(description.read_text()) | other))
+        page.reload()
+        alert = page.get_by_role("alert")
+        sync_api.expect(alert).to_contain_text("The network could not be loaded", timeout=10_000)
     page.reload()  # the server has gone
     check_answer(page, encode(noise(64, 48)))
     page.close()

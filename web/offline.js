@@ -1,5 +1,5 @@
-// index.html's service worker: keeps the files that its own address names, as they were when the
-// network last gave them, and answers with them when it does not.
+// index.html's service worker: keeps the files that its own address names, and answers with them
+// when the network does not. The page itself renews those that may change.
 const files = new URL(location).searchParams.getAll("file");
 
 addEventListener("install", (event) =>
@@ -7,18 +7,10 @@ addEventListener("install", (event) =>
 );
 addEventListener("fetch", (event) =>
   event.respondWith(
-    fetch(event.request).then(
-      (response) => {
-        if (response.ok) event.waitUntil(renew(event.request, response.clone()));
-        return response;
-      },
-      async () => (await caches.match(event.request, { ignoreSearch: true })) ?? Response.error(),
+    fetch(event.request).catch(
+      async () =>
+        (await caches.match(event.request, { ignoreSearch: true, ignoreVary: true })) ??
+        Response.error(),
     ),
   ),
 );
-
-async function renew(request, response) {
-  const cache = await caches.open("tpsnet");
-  const [kept] = await cache.keys(request, { ignoreSearch: true });
-  if (kept) await cache.put(kept, response);
-}
