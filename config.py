@@ -314,7 +314,7 @@ def check_config(config: Config) -> None:
     if not re.fullmatch(f"({PLAIN_NAME}/)?{PLAIN_NAME}", config.name):
         raise InputError(
             f"name: {config.name!r} must be NAME or GROUP/NAME, each of at most 100 letters, digits"
-            " and . _ -, and begin with none of . -"
+            " and . _ -, and not begin with . or -"
         )
     if config.resume and config.overwrite:
         raise InputError("overwrite: not with --resume, which goes on with the run; use one")

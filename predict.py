@@ -216,7 +216,8 @@ def find_pictures(arguments: tuple[str, ...]) -> list[str]:
     if not arguments:
         raise InputError("images: none is named; name files, folders or globs, or - for stdin")
     files = []
-    for argument in map(str, arguments):
+    for argument in arguments:
+        argument = "./-" if argument == Path("-") else str(argument)
         if argument == "-":
             if argument in files:
                 raise InputError("images: stdin, `-`, can be read only once")

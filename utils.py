@@ -109,7 +109,7 @@ def first_line(error: Exception) -> str:
 
 
 def has_control_characters(text: str) -> bool:
-    """True if the text would garble a line that is printed, or is no UTF-8."""
+    """True if the text holds control characters or line separators, or is no UTF-8."""
     return any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in text)
 
 

@@ -115,10 +115,11 @@ def check_search(search: Search) -> None:
     check_integer("min_params", search.min_params, 0, search.max_params)
     if "/" in search.name:
         raise InputError(f"name: {search.name!r} must be a plain folder name; leave out the /")
-    if not re.fullmatch(PLAIN_NAME, f"{search.name}-best"):  # the network to train at last
+    longest = search.name if search.resume else f"{search.name}-best"  # the network to train then
+    if not re.fullmatch(PLAIN_NAME, longest):
         raise InputError(
-            f"name: {search.name!r} must be 1 to 95 letters, digits and . _ -, and begin with none"
-            " of . -"
+            f"name: {search.name!r} must be 1 to 95 letters, digits and . _ -, and not begin"
+            " with . or -"
         )
     if search.algorithm == "optuna":
         try:

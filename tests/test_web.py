@@ -39,6 +39,7 @@ DIST = Path(os.environ.get("ORT_WEB", ROOT / "node_modules/onnxruntime-web/dist"
 HTML = (WEB / "index.html").read_text(encoding="utf-8")
 CDN = re.search(r'const CDN = "(.*)"', HTML).group(1)
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CLASS_NAMES = "tpsnet.ready.then(({ description }) => description.class_names)"  # of a page
 RNG = np.random.default_rng(0)
 pytestmark = [
     pytest.mark.skipif(not CHROMIUM.exists(), reason=f"needs Chromium at {CHROMIUM}"),
@@ -334,8 +335,7 @@ def test_network_that_was_exported_anew_is_seen_at_the_next_visit(browser, tmp_p
                 os.utime(path, 2 * (now - days * 86_400,))
             page = context.new_page()
             page.goto(address)
-            description = "tpsnet.ready.then(({ description }) => description.class_names)"
-            assert page.evaluate(description) == names
+            assert page.evaluate(CLASS_NAMES) == names
             page.close()
     context.close()
 
@@ -375,6 +375,14 @@ def test_works_offline_after_the_first_visit(browser, tmp_path):
     shutil.copytree(WEB, tmp_path, dirs_exist_ok=True)
     shutil.copytree(DIST, tmp_path / "dist")
     (tmp_path / "index.html").write_text(HTML.replace(CDN, "dist/"), encoding="utf-8")
+    until_kept = """async (name) => {
+        for (let i = 0; i < 200; i++) {
+            const file = await caches.match("network.json", { ignoreVary: true });
+            if (file && (await file.json()).class_names[3] === name) return;
+            await new Promise((resolve) => setTimeout(resolve, 50));
+        }
+        throw new Error(`${name} was not kept`);
+    }"""
     page = browser.new_page()
     with serve(tmp_path) as address:
         for name in ("127.0.0.1", "localhost"):
@@ -382,15 +390,17 @@ def test_works_offline_after_the_first_visit(browser, tmp_path):
             page.evaluate("tpsnet.ready")
             assert not page.evaluate("navigator.serviceWorker.getRegistrations()")
         page.goto(address.replace("127.0.0.1", "app.localhost") + "?from=mail")
-        page.evaluate("navigator.serviceWorker.ready.then(() => {})")
-        page.reload()
-        page.evaluate("tpsnet.ready.then(() => {})")  # by way of the service worker
-        description = tmp_path / "network.json"
-        other = {"class_names": ["ant", "dog"], "integrity": f"sha384-{64 * 'A'}"}
-        description.write_text(json.dumps(json.loads(description.read_text()) | other))
-        page.reload()
+        page.evaluate(until_kept, "cat")
+        description, names = tmp_path / "network.json", [*CLASSES[:3], "kitten", *CLASSES[4:]]
+        updates = {"class_names": names}, {"integrity": f"sha384-{64 * 'A'}"}
+        for minutes, update in enumerate(updates, start=1):
+            description.write_text(json.dumps(json.loads(description.read_text()) | update))
+            os.utime(description, 2 * (time.time() + 60 * minutes,))  # which tells browsers so
+            page.reload()  # by way of the service worker
+            page.evaluate(until_kept, "kitten")
         alert = page.get_by_role("alert")
         sync_api.expect(alert).to_contain_text("The network could not be loaded", timeout=10_000)
     page.reload()  # the server has gone
+    assert page.evaluate(CLASS_NAMES) == names
     check_answer(page, encode(noise(64, 48)))
     page.close()

@@ -1,10 +1,7 @@
-// index.html's service worker: keeps the files that its own address names, and answers with them
-// when the network does not. The page itself renews those that may change.
-const files = new URL(location).searchParams.getAll("file");
+// index.html's service worker: keeps the files that the page names once its network runs, and
+// answers with them when the network does not.
+addEventListener("message", (event) => event.waitUntil(keep(event.data)));
 
-addEventListener("install", (event) =>
-  event.waitUntil(caches.open("tpsnet").then((cache) => cache.addAll(files))),
-);
 addEventListener("fetch", (event) =>
   event.respondWith(
     fetch(event.request).catch(
@@ -14,3 +11,9 @@ addEventListener("fetch", (event) =>
     ),
   ),
 );
+
+/** Keeps all files or none, as the browser has just got them for the page: so they fit together. */
+async function keep(files) {
+  const cache = await caches.open("tpsnet");
+  await cache.addAll(files.map((file) => new Request(file, { cache: "force-cache" })));
+}
