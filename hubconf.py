@@ -49,7 +49,7 @@ def small(pretrained: bool = True) -> _nn.Module:
 
 
 def tiny(pretrained: bool = True) -> _nn.Module:
-    """[3, 3, 3] blocks of 16, 32 and 64 channels, 0.27M parameters: 93.08% on CIFAR-10."""
+    """[3, 3, 3] blocks of 16, 32 and 64 channels, 0.27M parameters: 93.97% on CIFAR-10."""
     return _load("tiny", pretrained)
 
 

@@ -10,6 +10,7 @@ if __name__ == "__main__":  # above the imports: a missing library or an old Pyt
 
     run_script("studies.figures")
 
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -31,11 +32,13 @@ FAST_TEST = 94.56  # percent of the test images, of the run in fast-validation.c
 TPSNET_TEST, TPSNET_EPOCHS = 94.84, 300  # as published
 # In images/family.png, where a network's name would cover something on the left of its point.
 LABEL_PLACES = {
-    ("best", "num_params"): ((-9, -5), "right"),
-    ("best", "macs"): ((-11, -2), "right"),
-    ("tiny", "num_params"): ((8, -10), "left"),
-    ("tiny", "macs"): ((12, -14), "left"),
-    ("small", "num_params"): ((-8, 17), "left"),
+    ("best", "num_params"): ((-9, 2), "right"),
+    ("best", "macs"): ((-9, 2), "right"),
+    ("fast", "macs"): ((9, -5), "left"),
+    ("tiny", "num_params"): ((-9, -5), "right"),
+    ("tiny", "macs"): ((-9, -5), "right"),
+    ("small", "num_params"): ((-4, -14), "left"),
+    ("small", "macs"): ((2, -14), "left"),
 }
 
 
@@ -308,8 +311,11 @@ def beside_the_paper(
 def family(ours: list[dict], others: list[dict], path: str | Path) -> None:
     """Draw test accuracy over parameters and MACs: our released networks beside published ones.
 
+    A line joins networks of the same shape and of different widths.
+
     Args:
-        ours: a row per network, with its name as `network`, `num_params`, `macs` and `accuracy`.
+        ours: a row per network, with its name as `network`, its `shape`, `num_params`, `macs` and
+            `accuracy`.
         others: the same, and the `family` that each belongs to.
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -323,11 +329,15 @@ def family(ours: list[dict], others: list[dict], path: str | Path) -> None:
                 [row[cost] / 1e6 for row in rows], [row["accuracy"] for row in rows],
                 color=color, marker=marker, linestyle=line, linewidth=0.8, markersize=5, label=name,
             )  # fmt: skip
-        rows = sorted(ours, key=lambda row: row["accuracy"])
-        x, y = [row[cost] / 1e6 for row in rows], [row["accuracy"] for row in rows]
-        axes.plot(x, y, "o-", color=BLUE, label="this repository")
-        for row, *place in zip(rows, x, y, strict=True):
+        label_of_ours = "this repository"
+        for shape in dict.fromkeys(row["shape"] for row in ours):
+            rows = sorted((row for row in ours if row["shape"] == shape), key=itemgetter(cost))
+            x, y = [row[cost] / 1e6 for row in rows], [row["accuracy"] for row in rows]
+            axes.plot(x, y, "o-", color=BLUE, label=label_of_ours)
+            label_of_ours = None  # once is enough
+        for row in ours:
             where, side = LABEL_PLACES.get((row["network"], cost), ((-9, 2), "right"))
+            place = row[cost] / 1e6, row["accuracy"]
             axes.annotate(
                 f"{row['network']} {row['accuracy']:.2f}", place, where, color=BLUE,
                 textcoords="offset points", ha=side, fontsize=9,
@@ -353,7 +363,8 @@ def released() -> list[dict]:
     for path in sorted(RELEASED.glob("*.safetensors")):
         model, info = load_model(path)
         cost = model_cost(model.architecture)
-        figures = {"num_params": cost.num_params, "macs": cost.macs}
+        shape = model.architecture.num_blocks, model.architecture.downsample
+        figures = {"num_params": cost.num_params, "macs": cost.macs, "shape": shape}
         rows.append({"network": path.stem, "accuracy": info["accuracy"]["test"], **figures})
     return rows
 

@@ -16,8 +16,7 @@ of less (26b67a0 and 6210d15, an Intel Xeon with AMX), in bfloat16 and beside ot
 alone decides nothing. Then a view was always shown with the same crop, flip and Cutout, and the
 teacher answered to that; now these are new in every epoch, and it answers to the whole view.
 Nothing has been run since, but for crops.csv: the logs of two trainings that compare the two
-(docs/family.md has their commands), and tiny/: log and state of `python train.py tiny`, 121 of 300
-epochs so far. In `new-views` alone the teacher sees the crop, too.
+(docs/family.md has their commands). In `new-views` alone the teacher sees the crop, too.
 tiny-alone.csv is the log of a network without a teacher, to compare with: the first 126 of 300
 epochs of `python train.py best --c1 16 --cutout-size 0 --epochs 300 --warmup-epochs 45` (commit
 6799a59, two cores of an AMD EPYC in float32, beside other work; its state is lost).
