@@ -333,7 +333,7 @@ class Run:
         if due or number:
             self._save()
             self._write_model()
-        if due or number or self.report:  # whoever gets the report may end the process
+        if due or self.report:  # whoever gets the report may end the process
             self._write_log()
         if is_main():
             self.wandb.log(row)
