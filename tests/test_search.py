@@ -560,8 +560,9 @@ def test_a_search_that_is_killed_and_stopped_finds_what_an_unbroken_one_finds(wh
     Path(f"checkpoints/tiny/{trial:03d}/trial.json").write_text("{}")
 
     driver = start("--resume tiny")
-    wait_for(lambda: workers(driver.pid), driver)
-    os.kill(workers(driver.pid)[0], signal.SIGKILL)
+    found = []  # in one look: between two trials a worker has another name
+    wait_for(lambda: found.extend(workers(driver.pid)) or found, driver)
+    os.kill(found[0], signal.SIGKILL)
     wait_for(lambda: rows("failed"), driver)
     os.killpg(driver.pid, signal.SIGTERM)
     assert driver.wait(150) == 128 + signal.SIGTERM
